@@ -1,0 +1,177 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""Who may import whom: the table of rooms, held against the source; and importing does nothing.
+
+A new room is a new line of ROOMS here and in docs/design.md.
+"""
+import ast
+import json
+import os
+import subprocess
+import sys
+import unittest
+
+from . import support
+
+PACKAGE = os.path.join(support.ROOT, "twoproc")
+
+# Room: (rooms of ours that it may import, packages of others that it may import, top level or not).
+ROOMS = {
+    "__init__": ("", ""),
+    "session": ("", ""),
+    "connection": ("", ""),
+    "config": ("", ""),
+    "streams": ("", ""),
+    "channels": ("session connection", "zmq"),
+    "shell": ("session streams", "IPython traitlets comm"),
+    "kernel": ("session channels connection config shell streams", ""),
+    "client": ("session channels connection", ""),
+    "launcher": ("connection", ""),
+    "frontend": ("client launcher connection config session", "IPython prompt_toolkit pygments"),
+}
+KERNEL_SIDE = {"shell", "streams", "kernel"}
+CLIENT_SIDE = {"client", "launcher", "frontend"}
+HEAVY = ("zmq", "IPython", "prompt_toolkit", "traitlets", "jupyter_client", "ipykernel", "tornado")
+
+
+def rooms():
+    return sorted(name[:-3] for name in os.listdir(PACKAGE) if name.endswith(".py"))
+
+
+def imports(room):
+    """(level, dotted name, is at the top level) of every import in the file of this room; a name given to
+    import_module or __import__ counts as one."""
+    with open(os.path.join(PACKAGE, room + ".py"), encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield 0, alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            if node.level and not node.module:
+                for alias in node.names:
+                    yield node.level, alias.name, id(node) in top
+            else:
+                yield node.level, node.module, id(node) in top
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield 0, node.args[0].value, False
+
+
+def ours(room):
+    return {name.split(".")[0] for level, name, _ in imports(room) if level} & set(rooms())
+
+
+def others(room, top_only=False):
+    return {name.split(".")[0] for level, name, is_top in imports(room)
+            if not level and (is_top or not top_only)} - set(sys.stdlib_module_names)
+
+
+def run(*argv):
+    """A Python in the repository's parent environment; what it wrote, as text."""
+    done = subprocess.run([sys.executable, *argv], cwd=support.ROOT, stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, timeout=support.DEADLINE)
+    assert done.returncode == 0, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+class TheTableOfRooms(unittest.TestCase):
+
+    def test_every_file_has_its_line(self):
+        self.assertEqual(rooms(), sorted(ROOMS))
+
+    def test_a_room_imports_only_the_rooms_of_its_line(self):
+        for room in rooms():
+            with self.subTest(room=room):
+                self.assertLessEqual(ours(room), set(ROOMS[room][0].split()))
+
+    def test_a_room_imports_only_the_packages_of_its_line(self):
+        for room in rooms():
+            with self.subTest(room=room):
+                self.assertLessEqual(others(room), set(ROOMS[room][1].split()))
+
+    def test_zmq_is_imported_in_one_file(self):
+        self.assertEqual([room for room in rooms() if "zmq" in others(room)], ["channels"])
+
+    def test_on_the_kernels_side_ipython_is_imported_in_one_file(self):
+        self.assertEqual([room for room in sorted(KERNEL_SIDE) if "IPython" in others(room)], ["shell"])
+
+    def test_the_terminal_loads_ipython_and_prompt_toolkit_only_when_it_needs_them(self):
+        self.assertEqual(others("frontend", top_only=True), set())
+
+    def test_the_two_sides_do_not_import_each_other(self):
+        for near, far in (KERNEL_SIDE, CLIENT_SIDE), (CLIENT_SIDE, KERNEL_SIDE):
+            for room in near:
+                with self.subTest(room=room):
+                    self.assertEqual(ours(room) & far, set())
+
+    def test_imports_of_ours_are_relative(self):
+        for room in rooms():
+            with self.subTest(room=room):
+                self.assertEqual([name for level, name, _ in imports(room)
+                                  if not level and name.split(".")[0] in ("twoproc", *rooms())
+                                  and name not in sys.stdlib_module_names], [])
+
+
+LOOK = """
+import json, os, signal, sys, threading, importlib
+def world():
+    handlers = {str(n): repr(signal.getsignal(n)) for n in signal.valid_signals()}
+    return {"threads": threading.active_count(), "environment": dict(os.environ), "signals": handlers,
+            "descriptors": sorted(os.listdir("/dev/fd")), "hooks": [repr(h) for h in (
+                sys.stdin, sys.stdout, sys.stderr, sys.excepthook, sys.displayhook, threading.excepthook)],
+            "folder": os.getcwd(), "switch": sys.getswitchinterval(), "path": sys.path}
+def look(name, heavy):
+    before = world()
+    importlib.import_module(name)
+    after = world()
+    changed = [what for what in before if before[what] != after[what]]
+    return {"changed": changed, "loaded": [name for name in heavy if name in sys.modules]}
+"""
+
+
+class ImportingDoesNothing(unittest.TestCase):
+
+    def look(self, name):
+        """What importing this module changes in a fresh process, and the heavy packages it loads."""
+        return json.loads(run("-c", f"{LOOK}\nprint(json.dumps(look({name!r}, {HEAVY!r})))"))
+
+    def test_the_package_loads_no_room_and_changes_nothing(self):
+        self.assertEqual(self.look("twoproc"), {"changed": [], "loaded": []})
+        loaded = run("-c", "import sys, twoproc; print(*[m for m in sys.modules if m.startswith('twoproc.')])")
+        self.assertEqual(loaded.split(), [])
+
+    def test_no_module_has_effects(self):
+        for room in rooms():
+            with self.subTest(room=room):
+                result = self.look(f"twoproc.{room}")
+                self.assertEqual(result["changed"], [])
+                if not {"channels", "client", "kernel"} & {room, *ROOMS[room][0].split()}:
+                    self.assertNotIn("zmq", result["loaded"])
+                if "IPython" not in ROOMS[room][1] or room == "frontend":
+                    self.assertEqual([name for name in result["loaded"] if name != "zmq"], [])
+
+    def test_every_public_name_is_there(self):
+        import twoproc
+        for name in twoproc.__all__:
+            with self.subTest(name=name):
+                self.assertIsNotNone(getattr(twoproc, name))
+        self.assertLessEqual(set(twoproc.__all__), set(dir(twoproc)))
+        with self.assertRaises(AttributeError):
+            _ = twoproc.no_such_name
+
+    def test_the_frontend_answers_help_and_version_without_the_libraries(self):
+        for option in ("--help", "--version"):
+            with self.subTest(option=option):
+                code = (f"import runpy, sys; sys.argv = ['frontend', {option!r}]\n"
+                        "try: runpy.run_module('twoproc.frontend', run_name='__main__')\n"
+                        "except SystemExit as end: assert not end.code, end.code\n"
+                        f"print('loaded:', *[name for name in {HEAVY!r} if name in sys.modules])")
+                self.assertEqual(run("-c", code).splitlines()[-1], "loaded:")
+        import twoproc
+        self.assertIn(twoproc.__version__, run("-m", "twoproc.frontend", "--version"))
+
+
+if __name__ == "__main__":
+    unittest.main()
