@@ -164,7 +164,7 @@ def check_request(message: Message, channel: str) -> dict:
         if value is None:
             if field.default is REQUIRED:
                 raise BadMessage("%s: content has no %r" % (message.msg_type, name), message)
-            content[name] = field.default
+            content[name] = {} if field.default == {} else field.default     # handlers may write into theirs
         elif type(value) is not field.kind or (field.choices and value not in field.choices):
             wanted = " or ".join(map(repr, field.choices)) or "a value of type " + field.kind.__name__
             raise BadMessage("%s: %s is %.60r, expected %s" % (message.msg_type, name, value, wanted), message)
@@ -387,7 +387,9 @@ class ReplayGuard:
     def _forget(self) -> None:
         digest, session, when = self._order.popleft()
         self._seen.discard(digest)
-        self._marks[session] = max(when, self._marks.pop(session, when))
+        # A session whose own mark was merged goes on from there: its later messages may be dated earlier, or not at all.
+        mark = self._marks.pop(session, self._merged)
+        self._marks[session] = when if mark is None else max(when, mark)
         if len(self._marks) > self.SESSIONS:
             oldest = self._marks.pop(next(iter(self._marks)))
             self._merged = oldest if self._merged is None else max(self._merged, oldest)
