@@ -28,7 +28,7 @@ TEST = [
     "nbclient",
     "nbformat",
     "pexpect",               # the terminal
-    "setuptools",            # builds the archives that the packaging test looks into
+    "setuptools>=70.1",      # builds the archives that the packaging test looks into
 ]
 BENCH = ["ipykernel"]
 DEV = [*TEST, "mypy", "ruff"]

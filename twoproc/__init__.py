@@ -21,7 +21,6 @@ _ROOMS = {
     "launch": "launcher",
     "KernelProcess": "launcher",
 }
-__all__ = ["__version__", *_ROOMS]
 
 
 def __getattr__(name: str):
@@ -31,4 +30,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*globals(), *_ROOMS])
