@@ -11,9 +11,10 @@ import string
 import unittest
 from datetime import datetime, timedelta, timezone
 
-from test.support import DELIMITER, sign
 from twoproc import session
 from twoproc.session import BadMessage, MalformedMessage, MessageError, ReplayGuard, Session, SignatureError
+
+from .support import DELIMITER, sign
 
 KEY = b"0123456789abcdef"
 SEED = int(os.environ.get("SEED") or random.randrange(10**9))
@@ -185,7 +186,8 @@ class ArbitraryFrames(PropertyCase):
     def test_dates_of_any_form(self):
         receiver = Session(KEY, replay_memory=50)
         for number in range(2000):
-            date = self.dice.choice([self.dice.value(), self.dice.choice(ODD_TEXTS), NOON.isoformat()[:self.dice.randrange(32)],
+            date = self.dice.choice([self.dice.value(), self.dice.choice(ODD_TEXTS),
+                                     NOON.isoformat()[:self.dice.randrange(32)],
                                      "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59"])
             parts = [json.dumps({"msg_id": str(number), "msg_type": "status", "session": "s", "date": date}).encode(),
                      b"{}", b"{}", b"{}"]
@@ -248,8 +250,8 @@ class Refusals(unittest.TestCase):
         cases = [(self.header(msg_type=[]), {}), (self.header(msg_type=...), {}), (self.header(session=...), {}),
                  (self.header(session=7), {}), (self.header(session="x" * 300), {}), (self.header(version="4.0"), {}),
                  (self.header(version="999.1"), {}), (self.header(version=5.5), {}),
-                 *((self.header(), content) for content in ([], None, 5, "x", b"{", b"\xff", b'{"a":NaN}', b"[" * 200_000,
-                                                            b'{"a":' + b"9" * 5000 + b"}"))]
+                 *((self.header(), content) for content in ([], None, 5, "x", b"{", b"\xff", b'{"a":NaN}',
+                                                            b"[" * 200_000, b'{"a":' + b"9" * 5000 + b"}"))]
         for header, content in cases:
             for parts in ((header, {}, {}, content), (header, {}, content, {}), (header, content, {}, {})):
                 receiver = Session(KEY, replay_memory=100)
@@ -259,7 +261,8 @@ class Refusals(unittest.TestCase):
                 self.assertEqual(caught.exception.message.header_bytes, json.dumps(header).encode())
 
     def test_a_missing_version_or_date_is_served(self):
-        for header in (self.header(version=...), self.header(date=...), self.header(date="yesterday"), self.header(date=5)):
+        for members in ({"version": ...}, {"date": ...}, {"date": "yesterday"}, {"date": 5}):
+            header = self.header(**members)
             receiver = Session(KEY, replay_memory=100)
             self.assertEqual(receiver.deserialize(self.signed(header, {}, {}, {})).msg_id, "1")
 
@@ -311,7 +314,8 @@ class Requests(unittest.TestCase):
                  ("history_request", {}, "hist_access_type"),
                  ("history_request", {"hist_access_type": "tail", "n": -1}, "n"),
                  ("is_complete_request", {"code": None}, "code"), ("comm_open", {"comm_id": "1"}, "target_name"),
-                 ("comm_msg", {"data": {}}, "comm_id"), ("input_reply", {}, "value"), ("input_reply", {"value": 5}, "value")]
+                 ("comm_msg", {"data": {}}, "comm_id"), ("input_reply", {}, "value"),
+                 ("input_reply", {"value": 5}, "value")]
         for msg_type, content, name in cases:
             with self.subTest(msg_type=msg_type, content=content), self.assertRaises(BadMessage) as caught:
                 self.check(msg_type, content)
@@ -379,7 +383,8 @@ class OnceOnly(PropertyCase):
         receiver = Session(KEY, replay_memory=50)
         late = self.message("a", NOON, 1)
         for number in range(40):
-            self.assertTrue(self.is_accepted(receiver, self.message("a", NOON + timedelta(seconds=1 + number), 2 + number)))
+            frames = self.message("a", NOON + timedelta(seconds=1 + number), 2 + number)
+            self.assertTrue(self.is_accepted(receiver, frames))
         self.assertTrue(self.is_accepted(receiver, late))
 
     def test_clients_whose_clocks_are_a_day_off_are_served(self):
@@ -405,7 +410,8 @@ class OnceOnly(PropertyCase):
                     continue
                 name = self.dice.choice(names)
                 date = NOON + offsets[name] + timedelta(seconds=number)
-                frames = self.message(name, self.dice.choice(["", "garbage"]) if self.dice.random() < 0.1 else date, number)
+                is_dated = self.dice.random() < 0.9
+                frames = self.message(name, date if is_dated else self.dice.choice(["", "garbage"]), number)
                 if self.is_accepted(receiver, frames):
                     accepted.append(frames)
                 else:

@@ -387,7 +387,7 @@ class ReplayGuard:
     def _forget(self) -> None:
         digest, session, when = self._order.popleft()
         self._seen.discard(digest)
-        # A session whose own mark was merged goes on from there: its later messages may be dated earlier, or not at all.
+        # A session whose mark was merged goes on from there: what it says next may be dated earlier, or not at all.
         mark = self._marks.pop(session, self._merged)
         self._marks[session] = when if mark is None else max(when, mark)
         if len(self._marks) > self.SESSIONS:
