@@ -1,0 +1,557 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""Every ZeroMQ call of the package: the sockets of a kernel, and the sockets of a client.
+
+A ZeroMQ socket belongs to one thread.  Here that is `twoproc-io` in the kernel, `twoproc-heartbeat` beside it,
+and one `twoproc-client` for each client; everybody else puts something into a Mailbox and that thread wakes.
+
+    Mailbox          a deque and a bell: how another thread speaks to a thread that waits in poll()
+    KernelChannels   shell, control and stdin ROUTERs, the iopub XPUB, and the outbox: one FIFO for all of them
+    Heartbeat        an echo that beats on while a cell holds the interpreter lock
+    ClientChannels   the other end of the five sockets
+
+What crosses between threads is immutable: a Message, or an entry of the outbox.  What a message means is not
+known here: kernel.py and client.py say what to do with each, this file says when and on which thread.
+
+Sources: ZeroMQ RFC 28 (ROUTER, DEALER), RFC 29 (XPUB, SUB), the messaging specification's channel list.
+"""
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import signal
+import socket
+import stat
+import threading
+import time
+from collections import deque
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
+
+import zmq
+
+from .connection import ConnectionFileError, ConnectionInfo
+from .session import BadMessage, Message, MessageError, Session, encode
+
+logger = logging.getLogger(__name__)
+
+
+def own_thread(name: str, target: Callable[[], None]) -> threading.Thread:
+    """A daemon thread of ours: named, and deaf to SIGINT, so that Ctrl-C always lands in the main thread.
+
+    A signal sent to the process goes to any thread that does not block it, and would then not wake the
+    main thread out of a system call.
+    """
+    def run() -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        target()
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+class Mailbox:
+    """A queue whose reader may wait in poll(), select() or an event loop: `fileno` becomes readable.
+
+    Any thread puts; one thread takes.  One byte on a socket pair rings the bell, at most one byte at a time.
+    Lost wake-ups are excluded by order: the writer appends before it rings, and the reader silences the bell
+    before it looks.  Ctrl-C cannot fall between `_rung = True` and the send: the interpreter looks for signals
+    after calls and at jumps, and there is neither between the two.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque = deque()
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._ring = self._writer.send
+        self._rung = False
+
+    # -- called by any thread
+    def put(self, item: Any) -> None:
+        self._items.append(item)
+        if not self._rung:
+            ring = self._ring
+            self._rung = True
+            ring(b"\0")
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    # -- called by the reader only
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def silence(self) -> None:
+        """Take the bell's byte; to be called before looking for items, never after."""
+        try:
+            self._reader.recv(16)
+        except BlockingIOError:
+            pass
+        self._rung = False
+
+    def pop(self) -> Any:
+        """The oldest item, without waiting; raises queue.Empty."""
+        try:
+            return self._items.popleft()
+        except IndexError:
+            raise queue.Empty from None
+
+    def get(self, timeout: float | None = None) -> Any:
+        """The oldest item; waits up to `timeout` seconds (None: for ever) and then raises queue.Empty."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._items:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise queue.Empty
+            _wait_readable(self._reader, left)
+            self.silence()
+        return self._items.popleft()
+
+    def take(self, is_wanted: Callable[[Any], bool]) -> list:
+        """Remove and return all items that are wanted, in order; the others keep theirs."""
+        everything = [self._items.popleft() for _ in range(len(self._items))]
+        self._items.extendleft(reversed([item for item in everything if not is_wanted(item)]))
+        return [item for item in everything if is_wanted(item)]
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+def _wait_readable(sock: socket.socket, timeout: float | None) -> None:
+    """poll(), not select(): a process with more than 1024 descriptors waits too."""
+    zmq.zmq_poll([(sock, zmq.POLLIN)], -1 if timeout is None else max(1, int(timeout * 1000)))
+
+
+# -- The kernel's side -----------------------------------------------------------------------------
+
+class Limits(NamedTuple):
+    """Bounds of the kernel's channels; docs/configuration.md, section limits, says what each is for."""
+    max_frame: int = 64 << 20
+    max_frames: int = 64
+    max_message: int = 128 << 20
+    stream_chunk: int = 64 << 10
+    iopub_queue: int = 500
+    slow_reader_seconds: float = 5.0
+    replay_memory: int = 65_536
+    outbox: int = 16 << 20
+
+
+class Outgoing(NamedTuple):
+    """An entry of the outbox: a message whose content is already bytes; header, number and signature come last."""
+    channel: str
+    msg_type: str
+    content: bytes
+    parent: bytes
+    metadata: dict | None
+    buffers: Iterable
+    identities: Iterable
+
+
+class Text(NamedTuple):
+    """An entry of the outbox: something written to a stream, joined with its neighbours when it leaves."""
+    name: str
+    text: str
+    parent: bytes
+
+
+MAX_QUEUED_REQUESTS = 10_000    # beyond it shell is left unread, and ZeroMQ makes the sender wait
+RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn
+
+
+class KernelChannels:
+    """All sockets of the kernel process but the heartbeat, owned by one thread, `twoproc-io`.
+
+    The main thread binds them here, so that a port in use is its exception, and hands them over in `start`.
+    Shared with other threads: `outbox` (any thread puts) and `requests` (twoproc-io puts, main takes).
+
+    on_message(channel, message) and on_bad_message(channel, error) are called on twoproc-io for whatever is
+    verified, in the order received, and must not wait for anything.
+    """
+
+    def __init__(self, info: ConnectionInfo, limits: Limits = Limits()):
+        """Bind all sockets of `info`, port 0 meaning any; `self.info` then holds the ports there are.
+
+        Raises ConnectionFileError (exit code 4) naming port and channel, with nothing left bound.
+        """
+        self.limits = limits
+        self.session = Session(info.key, info.signature_scheme, replay_memory=limits.replay_memory,
+                               max_frames=limits.max_frames, max_message=limits.max_message)
+        self.outbox = Mailbox()
+        self.requests = Mailbox()
+        self.on_message: Callable[[str, Message], None] = lambda channel, message: None
+        self.on_bad_message: Callable[[str, BadMessage], None] = lambda channel, error: None
+        self.on_tick: Callable[[], float | None] = lambda: None
+        self.busy_parent: bytes | None = None       # the running cell's header; see _republish_busy
+        self._context = zmq.Context()
+        self._sockets: dict[str, zmq.Socket] = {}
+        try:
+            for channel, kind in (("shell", zmq.ROUTER), ("control", zmq.ROUTER), ("stdin", zmq.ROUTER),
+                                  ("iopub", zmq.XPUB), ("hb", zmq.ROUTER)):
+                info = self._bind(info, channel, kind)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self.info = info
+        self._heartbeat = Heartbeat(self._sockets.pop("hb"))
+        self._names = {sock: channel for channel, sock in self._sockets.items()}
+        self._numbers = itertools.count(1)          # twoproc_seq of iopub messages
+        self._put_bytes = self._sent_bytes = 0      # what waits in the outbox, roughly: see send
+        self._head: list | None = None              # the iopub message that a full reader did not take
+        self._patience = SlowReaders(limits.slow_reader_seconds)
+        self._owed: deque = deque(maxlen=1000)      # idle messages that a full reader lost
+        self._descriptors: dict[int, Callable[[], None]] = {}
+        self._thread: threading.Thread | None = None
+        self._stop_at: float | None = None
+
+    def _bind(self, info: ConnectionInfo, channel: str, kind: int) -> ConnectionInfo:
+        sock = self._sockets[channel] = self._context.socket(kind)
+        sock.linger = 1000
+        sock.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+        # A peer without a key reaches this far: what is larger costs it the connection and us no memory.
+        sock.setsockopt(zmq.MAXMSGSIZE, 1024 if channel == "hb" else self.limits.max_frame)
+        if channel == "iopub":
+            sock.setsockopt(zmq.SNDHWM, self.limits.iopub_queue)
+            sock.setsockopt(zmq.XPUB_NODROP, 1)
+            sock.setsockopt(zmq.XPUB_VERBOSE, 1)    # each subscriber is welcomed, not the first of each topic
+        else:
+            sock.setsockopt(zmq.SNDHWM, 100_000)    # replies a client has yet to read
+        if info.curve_secretkey and info.curve_publickey:
+            sock.curve_server = True
+            sock.curve_secretkey, sock.curve_publickey = info.curve_secretkey, info.curve_publickey
+        url = info.url(channel)
+        port = getattr(info, channel + "_port")
+        umask = os.umask(0o077)                     # an ipc socket is a file
+        try:
+            if info.transport == "ipc":
+                _check_socket_path(url[len("ipc://"):], channel)
+            elif port == 0:
+                url = url[:url.rindex(":")] + ":*"
+            sock.bind(url)
+        except zmq.ZMQError as error:
+            raise ConnectionFileError("%s: cannot listen for %s: %s; choose another address, or stop the program "
+                                      "that has it" % (url, channel, error.strerror), 4) from None
+        finally:
+            os.umask(umask)
+        if info.transport == "tcp" and port == 0:
+            port = int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        return info._replace(**{channel + "_port": port})
+
+    # -- called by the main thread
+    def start(self) -> None:
+        self._heartbeat.start()
+        self._thread = own_thread("twoproc-io", self._run)
+
+    def stop(self, seconds: float = 2.0) -> None:
+        """Send what is queued, close everything, end both threads; takes at most about `seconds`."""
+        self.call(lambda: self._stop_within(seconds))
+        if self._thread is not None:
+            self._thread.join(seconds + 1)
+
+    # -- called by any thread
+    def send(self, channel: str, msg_type: str, content: dict | bytes, parent: bytes = b"{}",
+             metadata: dict | None = None, buffers: Iterable = (), identities: Iterable = ()) -> None:
+        """Queue one message; raises TypeError if the content is not JSON.  Waits while the outbox is full.
+
+        The content is encoded here, by its owner's thread, who may change it afterwards.
+        """
+        if not isinstance(content, bytes):
+            content = encode(content)
+        self._make_room(len(content))
+        self.outbox.put(Outgoing(channel, msg_type, content, parent, metadata, buffers, identities))
+
+    def write(self, name: str, text: str, parent: bytes) -> None:
+        """Queue text for a stream: cheap, because a cell may print a million lines."""
+        self._make_room(len(text))
+        self.outbox.put(Text(name, text, parent))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have twoproc-io call `function` when everything queued before has been sent."""
+        self.outbox.put(function)
+
+    def _make_room(self, size: int) -> None:
+        # Back pressure, as in a terminal.  A sleep, not a condition: Ctrl-C may strike here, and so may a
+        # signal handler that prints.  The two sums are not exact when threads race; an empty outbox resets
+        # them, and a bound needs no more.
+        self._put_bytes += size + 64
+        while self._put_bytes - self._sent_bytes > self.limits.outbox and not self._is_io_thread():
+            if self._stop_at is not None:
+                return
+            time.sleep(0.002)
+
+    def _is_io_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    # -- called by handlers on twoproc-io
+    def reply_now(self, channel: str, message: Message, msg_type: str, content: dict) -> None:
+        """Answer at once, past the outbox: for control, which must not wait for output."""
+        frames = self.session.serialize(msg_type, content, message.header_bytes)
+        self._send(self._sockets[channel], [*message.identities, *frames])
+
+    def watch(self, descriptor: int, on_readable: Callable[[], None]) -> None:
+        """Call `on_readable` on twoproc-io once, when `descriptor` becomes readable; before start()."""
+        self._descriptors[descriptor] = on_readable
+
+    def receive_shell(self) -> None:
+        """Take in everything that shell has received by now, without answering anything yet."""
+        while self._receive("shell"):
+            pass
+
+    # -- run by twoproc-io only
+    def _run(self) -> None:
+        poller = self._poller = zmq.Poller()
+        for sock in self._sockets.values():
+            poller.register(sock, zmq.POLLIN)
+        poller.register(self.outbox, zmq.POLLIN)
+        for descriptor in self._descriptors:
+            poller.register(descriptor, zmq.POLLIN)
+        is_reading_shell = True
+        while self._stop_at is None or (self._head or self.outbox) and time.monotonic() < self._stop_at:
+            if is_reading_shell != (len(self.requests) < MAX_QUEUED_REQUESTS):
+                is_reading_shell = not is_reading_shell
+                poller.modify(self._sockets["shell"], zmq.POLLIN if is_reading_shell else 0)
+            for ready, _ in poller.poll(self._poll_milliseconds(is_reading_shell)):
+                if ready is self.outbox or ready == self.outbox.fileno():
+                    self.outbox.silence()
+                elif ready in self._names:
+                    self._receive(self._names[ready])
+                elif ready in self._descriptors:
+                    poller.unregister(ready)
+                    self._descriptors.pop(ready)()
+            self._drain()
+        for sock in self._sockets.values():
+            sock.close()
+        self._context.term()        # waits for the linger of each, and for the heartbeat to leave
+
+    def _poll_milliseconds(self, is_reading_shell: bool) -> int | None:
+        """How long nothing can happen: None, for ever, in an idle kernel."""
+        waits = [self.on_tick()]
+        if self._head is not None:
+            waits.append(0.005)     # poll() calls iopub writable while send says it is full
+        if self._owed:
+            waits.append(0.25)
+        if not is_reading_shell:
+            waits.append(0.05)
+        if self.busy_parent is not None:
+            waits.append(1.0)       # a cell runs: safety net for a wake-up lost to Ctrl-C
+        known = [seconds for seconds in waits if seconds is not None]
+        return int(min(known) * 1000) + 1 if known else None
+
+    def _receive(self, channel: str) -> bool:
+        """Take in up to RECEIVE_AT_ONCE messages; False when there were fewer."""
+        sock = self._sockets[channel]
+        for _ in range(RECEIVE_AT_ONCE):
+            try:
+                frames = sock.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            if channel == "iopub":
+                self._welcome(frames[0])
+                continue
+            try:
+                message = self.session.deserialize(frames)
+            except BadMessage as error:
+                logger.warning("%s: %s", channel, error)
+                self.on_bad_message(channel, error)
+            except MessageError as error:
+                logger.warning("%s: %s", channel, error)
+            else:
+                self.on_message(channel, message)
+        return True
+
+    def _welcome(self, frame: bytes) -> None:
+        """A subscription came (1 and the topic) or went (0): JEP 65, iopub_welcome."""
+        if frame[:1] == b"\x01":
+            topic = frame[1:]
+            content = encode({"subscription": topic.decode("utf-8", "replace")})
+            self._publish("iopub_welcome", content, b"{}", None, (), topic or b"iopub_welcome")
+
+    def _drain(self) -> None:
+        """Send what the outbox holds, in order, until it is empty or a reader of iopub is full."""
+        if self._owed:
+            self._settle()
+        if self._head is not None and not self._publish_head():
+            return
+        outbox = self.outbox
+        while self._head is None:
+            try:
+                entry = outbox.pop()
+            except queue.Empty:
+                self._put_bytes = self._sent_bytes = 0
+                return
+            if type(entry) is Text:
+                self._publish_text(entry)
+            elif type(entry) is Outgoing:
+                self._sent_bytes += len(entry.content) + 64
+                if entry.channel == "iopub":
+                    self._publish(entry.msg_type, entry.content, entry.parent, entry.metadata, entry.buffers)
+                else:
+                    frames = self.session.serialize(entry.msg_type, entry.content, entry.parent)
+                    self._send(self._sockets[entry.channel], [*entry.identities, *frames])
+            else:
+                entry()
+
+    def _publish_text(self, first: Text) -> None:
+        """Publish this text and the neighbours it can be joined with, at most stream_chunk characters a message."""
+        parts, size, limit = [first.text], len(first.text), self.limits.stream_chunk
+        entries = self.outbox._items
+        count = 1
+        while size < limit and entries:
+            entry = entries[0]
+            if type(entry) is not Text or entry.name != first.name or entry.parent != first.parent:
+                break
+            parts.append(entries.popleft().text)
+            size += len(parts[-1])
+            count += 1
+        self._sent_bytes += size + 64 * count
+        text = "".join(parts)
+        if size > limit:
+            entries.extendleft(Text(first.name, text[at:at + limit], first.parent)
+                               for at in reversed(range(limit, size, limit)))
+            self._put_bytes += size - limit + 64 * (size // limit)
+            text = text[:limit]
+        self._publish("stream", encode({"name": first.name, "text": text}), first.parent, None, ())
+
+    def _publish(self, msg_type: str, content: bytes, parent: bytes, metadata: dict | None, buffers: Iterable,
+                 topic: bytes | None = None) -> None:
+        number = next(self._numbers)
+        meta = b'{"twoproc_seq":%d}' % number if not metadata else encode({**metadata, "twoproc_seq": number})
+        frames = self.session.serialize(msg_type, content, parent, meta, buffers)
+        self._head = [topic or msg_type.encode("ascii"), *frames]
+        self._publish_head()
+
+    def _publish_head(self) -> bool:
+        """Send the head; False: a reader is full, and it is not yet time to let that reader lose."""
+        assert self._head is not None
+        if not self._send(self._sockets["iopub"], self._head):
+            if self._patience.is_over():
+                logger.warning("a reader of iopub is too slow: it loses messages until it catches up")
+                self._sockets["iopub"].setsockopt(zmq.XPUB_NODROP, 0)
+                self._patience.is_lossy = True
+                self._send(self._sockets["iopub"], self._head)
+            else:
+                return False
+        if self._patience.is_lossy and b'"execution_state":"idle"' in self._head[-1]:
+            self._owed.append(self._head)
+        self._patience.sent()
+        self._head = None
+        return True
+
+    def _settle(self) -> None:
+        """Once the slow reader has room again, repeat the idles it may have lost; then lose nothing again.
+
+        A stock client waits for a cell's idle for ever.  Those who had it already ignore its repetition.
+        """
+        iopub = self._sockets["iopub"]
+        iopub.setsockopt(zmq.XPUB_NODROP, 1)
+        while self._owed:
+            if not self._send(iopub, self._owed[0]):
+                iopub.setsockopt(zmq.XPUB_NODROP, 0)
+                return
+            self._owed.popleft()
+        self._patience = SlowReaders(self.limits.slow_reader_seconds)
+        if self.busy_parent is not None:
+            self._publish("status", b'{"execution_state":"busy"}', self.busy_parent, None, ())
+
+    @staticmethod
+    def _send(sock: zmq.Socket, frames: list) -> bool:
+        """False when the socket cannot take the message now; then nothing of it was sent."""
+        try:
+            # Large frames are handed over, small ones are cheaper to copy: pyzmq's threshold decides.
+            sock.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < 65_536)
+        except zmq.Again:
+            return False
+        return True
+
+    def _stop_within(self, seconds: float) -> None:
+        self._stop_at = time.monotonic() + seconds
+
+    # -- called in a forked child
+    def close_in_child(self) -> None:
+        """Close the descriptors under which a child of fork holds our listening sockets.
+
+        Without it a child that outlives the kernel keeps its ports busy.  libzmq's own objects are left
+        alone: they belong to threads that do not exist here.
+        """
+        ours = {getattr(self.info, name) for name in self.info._fields if name.endswith("_port")}
+        for descriptor in _descriptors():
+            try:
+                if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                    continue
+                with socket.socket(fileno=os.dup(descriptor)) as sock:
+                    name = sock.getsockname()
+                is_ours = name[1] in ours if isinstance(name, tuple) else str(name).startswith(self.info.ip + "-")
+                if is_ours:
+                    os.close(descriptor)
+            except OSError:
+                continue
+
+
+class SlowReaders:
+    """How long readers of iopub may hold up everybody.
+
+    Waiting adds up while it lasts and is forgiven at the same rate while messages leave.  So a reader that
+    keeps us waiting less than half of the time is waited for as long as it likes, and one that has stopped
+    is given up after `seconds`.
+    """
+
+    def __init__(self, seconds: float):
+        self.is_lossy = False
+        self._seconds = seconds
+        self._balance = 0.0
+        self._waiting_since: float | None = None
+        self._sending_since = time.monotonic()
+
+    def is_over(self) -> bool:
+        now = time.monotonic()
+        if self._waiting_since is None:
+            self._balance = max(0.0, self._balance - (now - self._sending_since))
+            self._waiting_since = now
+        return self._balance + now - self._waiting_since > self._seconds
+
+    def sent(self) -> None:
+        if self._waiting_since is not None:
+            self._sending_since = time.monotonic()
+            self._balance += self._sending_since - self._waiting_since
+            self._waiting_since = None
+
+
+class Heartbeat:
+    """Echoes what it is sent, in C and without the interpreter lock: thread `twoproc-heartbeat`.
+
+    So a cell that computes for a minute in C does not look dead.  Frames over 1 kB cost the sender its
+    connection (MAXMSGSIZE): an echo without a key must not amplify.  Ends when the context is terminated.
+    """
+
+    def __init__(self, sock: zmq.Socket):
+        self._socket = sock
+
+    def start(self) -> None:
+        own_thread("twoproc-heartbeat", self._run)
+
+    def _run(self) -> None:
+        try:
+            zmq.proxy(self._socket, self._socket)
+        except zmq.ContextTerminated:
+            pass
+        self._socket.close(linger=0)
+
+
+def _check_socket_path(path: str, channel: str) -> None:
+    """ZeroMQ removes whatever stands where an ipc socket goes: let that be an old socket and nothing else."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConnectionFileError("%s: cannot listen for %s: something that is not a socket stands there; remove it"
+                                  % (path, channel), 5)
+
+
+def _descriptors() -> Iterator[int]:
+    try:
+        return iter([int(name) for name in os.listdir("/dev/fd")])
+    except OSError:
+        return iter(range(3, 256))
