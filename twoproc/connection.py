@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import ipaddress
 import json
 import os
@@ -28,7 +29,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -39,7 +40,6 @@ else:
 
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 TRANSPORTS = ("ipc", "tcp")
-SIGNATURE_SCHEMES = ("hmac-sha256",)
 
 # sizeof(sockaddr_un.sun_path) less its closing NUL: 108 on Linux, 104 on macOS and the BSDs.
 IPC_PATH_LIMIT = 107 if sys.platform.startswith("linux") else 103
@@ -47,7 +47,7 @@ IPC_PATH_LIMIT = 107 if sys.platform.startswith("linux") else 103
 # A connection file is below 1 kB. Whatever is larger was not written by a kernel.
 FILE_LIMIT = 1 << 20
 
-# Seconds for which a reserved name, or somebody's half-written file, is left alone.
+# Seconds for which remove_stale() leaves a reserved name, or a half-written file, alone.
 FRESH = 60.0
 
 MALFORMED, NAME_IN_USE, PORT_IN_USE, UNSAFE = 2, 3, 4, 5
@@ -114,7 +114,10 @@ def runtime_folder() -> str:
     $TWOPROC_RUNTIME, else $XDG_RUNTIME_DIR/twoproc, else <tmp>/twoproc-<uid>. Exit code 5 if it is
     not ours alone: it is never repaired, for we cannot know who has been inside.
     """
-    return private_folder(os.environ.get("TWOPROC_RUNTIME") or _usual_runtime_folder())
+    chosen = os.environ.get("TWOPROC_RUNTIME")
+    if chosen and not os.path.isabs(chosen):
+        raise ConnectionFileError(f"TWOPROC_RUNTIME = {chosen}: give the whole path, it is used from several folders")
+    return private_folder(chosen or _usual_runtime_folder())
 
 
 def kernels_folder() -> str:
@@ -167,8 +170,13 @@ def private_folder(path: str) -> str:
     return path
 
 
-def _fault(found: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> str | None:
-    """Why something found on the disk is not ours alone; None if it is."""
+def _fault(
+    found: os.stat_result, is_kind: Callable[[int], bool], kind: str, *, is_replaced: bool = False
+) -> str | None:
+    """Why something found on the disk is not ours alone; None if it is.
+
+    is_replaced: it will not be opened, a new file takes its place. Then its mode does not matter.
+    """
     if stat.S_ISLNK(found.st_mode):
         return "is a symbolic link"
     if not is_kind(found.st_mode):
@@ -177,21 +185,24 @@ def _fault(found: os.stat_result, is_kind: Callable[[int], bool], kind: str) -> 
         return None
     if found.st_uid != os.geteuid():
         return f"belongs to another user (uid {found.st_uid}, we are {os.geteuid()})"
-    if found.st_mode & 0o077:
+    if found.st_mode & 0o077 and not is_replaced:
         return f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o})"
     return None
+
+
+def _reason(error: OSError) -> str:
+    # ELOOP, and EMLINK on FreeBSD, are what O_NOFOLLOW answers to a link.
+    return "is a symbolic link" if error.errno in (errno.ELOOP, errno.EMLINK) else error.strerror or str(error)
 
 
 # -- making, writing, reading and finding connection files
 
 # Names to say over the phone. A number makes them unique: otter-3.
 ANIMALS = (
-    "ant ape bat bear bee bison boar bream camel carp cat cobra cod colt crab crane crow cub deer dingo "
-    "dog dove duck eagle eel elk emu fawn finch fox frog gecko gnu goat goose gull hare hawk hen heron "
-    "ibex ibis jay kite kiwi koala lamb lark lion llama lynx mole moose moth mouse mule newt okapi oryx "
-    "otter owl ox panda perch pig pike pony puma quail rabbit ram rat raven robin rook seal shark sheep "
-    "shrew skunk sloth slug snail snake squid stag stork swan swift tapir tiger toad trout viper vole "
-    "wasp whale wolf wombat wren yak zebra"
+    "ant bat bear bee bison boar camel carp cat cobra crab crane crow deer dove duck eagle eel elk emu finch fox "
+    "frog gecko goat goose gull hare hawk hen heron ibex ibis jay kite koala lark lion llama lynx mole moose moth "
+    "mouse newt okapi oryx otter owl panda pike pony puma quail raven robin seal shark sheep shrew sloth snail "
+    "stork swan tapir tiger toad trout viper vole whale wolf wren yak zebra"
 ).split()
 
 
@@ -257,7 +268,13 @@ def write_connection_file(path: str, info: ConnectionInfo) -> None:
         if name in members:
             members[name] = members[name].decode()
     path = os.path.abspath(path)
-    _refuse_in_the_way(path, stat.S_ISREG, "a regular file")
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(path)
+        fault = _fault(found, stat.S_ISREG, "a regular file", is_replaced=True)
+        if fault is None and found.st_nlink > 1:
+            fault = "has another name as well (a hard link)"
+        if fault:
+            raise ConnectionFileError(f"connection file {path}: what stands there {fault}; remove it", UNSAFE)
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(8)}.tmp")
     try:
         with os.fdopen(_create_private(temporary), "w", encoding="utf-8") as file:
@@ -286,26 +303,6 @@ def _create_private(path: str) -> int:
 _O_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def _refuse_in_the_way(path: str, is_kind: Callable[[int], bool], kind: str) -> None:
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ConnectionFileError(f"{path}: {error.strerror}", UNSAFE) from error
-    fault = None
-    if stat.S_ISLNK(found.st_mode):
-        fault = "is a symbolic link"
-    elif not is_kind(found.st_mode):
-        fault = f"is not {kind}"
-    elif sys.platform != "win32" and found.st_uid != os.geteuid():
-        fault = f"belongs to another user (uid {found.st_uid}, we are {os.geteuid()})"
-    elif found.st_nlink > 1:
-        fault = "has another name as well (a hard link)"
-    if fault:
-        raise ConnectionFileError(f"{path}: something is in the way: it {fault}; remove it", UNSAFE)
-
-
 def read_connection_file(path: str, *, as_kernel: bool = False) -> ConnectionInfo:
     """Read and check a connection file.
 
@@ -322,9 +319,7 @@ def _read_private(path: str) -> bytes:
     except FileNotFoundError as error:
         raise ConnectionFileError(f"connection file {path}: no such file; has its kernel ended?") from error
     except OSError as error:
-        # ELOOP, and EMLINK on FreeBSD, are what O_NOFOLLOW answers to a link.
-        reason = "is a symbolic link" if error.errno in (errno.ELOOP, errno.EMLINK) else error.strerror
-        raise ConnectionFileError(f"connection file {path}: {reason}; not used", UNSAFE) from error
+        raise ConnectionFileError(f"connection file {path}: {_reason(error)}; not used", UNSAFE) from error
     with os.fdopen(fd, "rb") as file:
         fault = _fault(os.fstat(fd), stat.S_ISREG, "a regular file")
         if fault:
@@ -339,7 +334,7 @@ def _read_private(path: str) -> bytes:
             raise ConnectionFileError(f"connection file {path}: {error.strerror}; not used", UNSAFE) from error
 
 
-def parse_connection(text: bytes | str, path: str = "-", *, as_kernel: bool = False) -> ConnectionInfo:
+def parse_connection(text: bytes | str, path: str, *, as_kernel: bool = False) -> ConnectionInfo:
     """Check the JSON text of a connection file; `path` is for the messages."""
 
     def malformed(what: str) -> ConnectionFileError:
@@ -364,16 +359,18 @@ def parse_connection(text: bytes | str, path: str = "-", *, as_kernel: bool = Fa
 
     def text_of(name: str, default: str | None = None) -> str:
         value = take(name, default)
-        if not isinstance(value, str):
-            raise malformed(f"{name} is {_shown(value)}, expected a string")
-        return value
+        with contextlib.suppress(AttributeError, UnicodeEncodeError):  # no string, or half a surrogate pair in it
+            value.encode()
+            return value
+        # The value of a key is the one thing that no message shows.
+        raise malformed(f"{name} is {'not text' if 'key' in name else _shown(value)}, expected a string")
 
     transport = text_of("transport", "tcp").lower()  # the oldest files have none, and mean tcp
     if transport not in TRANSPORTS:
         raise malformed(f"transport is {_shown(transport)}, expected one of {', '.join(TRANSPORTS)}")
     ip = text_of("ip")
     # tcp: what could not stand between // and : of an endpoint. ipc: what cannot be a path.
-    if not ip or not ip.isprintable() or (transport == "tcp" and any(c in ip for c in "/ ;@")):
+    if not ip or "\0" in ip or (transport == "tcp" and (not ip.isprintable() or any(c in ip for c in "/ ;@"))):
         raise malformed(f"ip is {_shown(ip)}, expected {'an address' if transport == 'tcp' else 'a path'}")
     ports: dict[str, Any] = {}
     for channel in CHANNELS:
@@ -386,15 +383,15 @@ def parse_connection(text: bytes | str, path: str = "-", *, as_kernel: bool = Fa
             raise malformed(f"{name} is {port}, as {twin} is; each channel needs its own")
         ports[name] = port
     scheme = text_of("signature_scheme", "hmac-sha256")
-    if scheme not in SIGNATURE_SCHEMES:
-        raise malformed(f"signature_scheme is {_shown(scheme)}, expected {' or '.join(SIGNATURE_SCHEMES)}")
-    key = text_of("key").encode("utf-8", "surrogatepass")
+    # The shake family has no length of its own, so it makes no signatures.
+    if scheme not in {f"hmac-{name}" for name in hashlib.algorithms_guaranteed if not name.startswith("shake")}:
+        raise malformed(f"signature_scheme is {_shown(scheme)}, expected hmac-sha256 or another hash of hashlib")
+    key = text_of("key").encode()
     curve: dict[str, Any] = {"curve_publickey": None, "curve_secretkey": None}
     for name in curve:
         if members.get(name) is not None:
-            # The value is a secret, so it is the one that a message does not show.
-            curve[name] = text_of(name).encode("utf-8", "surrogatepass")
-            if len(curve[name] or b"") != 40 or not Z85.issuperset(curve[name] or b""):
+            curve[name] = text_of(name).encode()
+            if len(curve[name]) != 40 or not Z85.issuperset(curve[name]):
                 raise malformed(f"{name} is not a key: expected 40 characters of Z85")
         members.pop(name, None)
     if as_kernel and (curve["curve_publickey"] is None) != (curve["curve_secretkey"] is None):
@@ -425,7 +422,10 @@ def _ipc_excess(info: ConnectionInfo) -> int:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -441,44 +441,44 @@ def find_connection_file(name: str | None = None) -> str:
         if not os.path.lexists(path):
             raise ConnectionFileError(f"connection file {path}: no such file; has its kernel ended?")
         return path
-    alive = [path for path in _connection_files(kernels_folder()) if is_claimed(path)]
+    alive = alive_kernels()
     if not name:
         if not alive:
             raise ConnectionFileError(f"no kernel is running in {kernels_folder()}; start one, or give a file")
-        return max(alive, key=_age_key)
-    wanted = name.removesuffix(".json")
-    jupyter = _connection_files(jupyter_runtime_folder())
-    for path in [os.path.join(kernels_folder(), f"{wanted}.json"), *jupyter]:
-        if kernel_name_of(path) in (wanted, f"kernel-{wanted}") and os.path.lexists(path):
-            return path
-    begin = wanted.removeprefix("kernel-")
-    matches = [path for path in alive + jupyter if kernel_name_of(path).removeprefix("kernel-").startswith(begin)]
+        return alive[0]
+    wanted = name.removesuffix(".json").removeprefix("kernel-")
+    candidates = {kernel_name_of(path): path for path in _connection_files(jupyter_runtime_folder()) + alive}
+    matches = [path for known, path in candidates.items() if known == wanted]
+    matches = matches or [path for known, path in candidates.items() if known.startswith(wanted)]
     if len(matches) == 1:
         return matches[0]
-    candidates = matches or alive + jupyter
-    listed = ", ".join(sorted({kernel_name_of(path) for path in candidates})[:10]) or "none"
-    raise ConnectionFileError(
-        f"kernel {_shown(name)}: {'several begin so' if matches else 'no such kernel'}; there are: {listed}"
-    )
+    there = ", ".join(sorted(map(kernel_name_of, matches or candidates.values()))[:10]) or "none"
+    what = "several begin so" if matches else "no such kernel is running"
+    raise ConnectionFileError(f"kernel {_shown(name)}: {what}; there are: {there}")
+
+
+def alive_kernels() -> list[str]:
+    """The connection files of our kernels whose Claim is held, newest first."""
+    return sorted(filter(is_claimed, _connection_files(kernels_folder())), key=_mtime_ns, reverse=True)
 
 
 def kernel_name_of(path: str) -> str:
-    """otter-3 for .../kernels/otter-3.json."""
-    return os.path.basename(path).removesuffix(".json")
+    """otter-3 for .../kernels/otter-3.json, and for the kernel-otter-3.json of Jupyter's folder."""
+    return os.path.basename(path).removesuffix(".json").removeprefix("kernel-")
 
 
 def jupyter_runtime_folder() -> str:
     """Where Jupyter keeps its connection files; not made, and not checked, by us."""
-    home = os.path.expanduser("~")
-    if os.environ.get("JUPYTER_RUNTIME_DIR"):
-        return os.environ["JUPYTER_RUNTIME_DIR"]
-    if os.environ.get("JUPYTER_DATA_DIR"):
-        return os.path.join(os.environ["JUPYTER_DATA_DIR"], "runtime")
+    environ, home = os.environ, os.path.expanduser("~")
+    if environ.get("JUPYTER_RUNTIME_DIR"):
+        return environ["JUPYTER_RUNTIME_DIR"]
     if sys.platform == "darwin":
-        return os.path.join(home, "Library", "Jupyter", "runtime")
-    if sys.platform == "win32":
-        return os.path.join(os.environ.get("APPDATA") or home, "jupyter", "runtime")
-    return os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.join(home, ".local", "share"), "jupyter", "runtime")
+        data = os.path.join(home, "Library", "Jupyter")
+    elif sys.platform == "win32":
+        data = os.path.join(environ.get("APPDATA") or home, "jupyter")
+    else:
+        data = os.path.join(environ.get("XDG_DATA_HOME") or os.path.join(home, ".local", "share"), "jupyter")
+    return os.path.join(environ.get("JUPYTER_DATA_DIR") or data, "runtime")
 
 
 def publish_to_jupyter(path: str, info: ConnectionInfo) -> str:
@@ -505,7 +505,7 @@ def _connection_files(folder: str) -> list[str]:
     return []
 
 
-def _age_key(path: str) -> int:
+def _mtime_ns(path: str) -> int:
     try:
         return os.lstat(path).st_mtime_ns
     except OSError:  # it ended while we looked
@@ -592,7 +592,7 @@ def _lock(path: str) -> tuple[int, str]:
             # A file that a manager mounted read-only: nobody can take its name, nobody can remove it.
             if error.errno in (errno.EROFS, errno.EACCES) and os.path.exists(path) and not os.path.lexists(lock):
                 return -1, f"{os.path.dirname(path)} cannot be written: nothing says that {path} is in use"
-            raise ConnectionFileError(f"{lock}: {error.strerror}; the name cannot be claimed", UNSAFE) from error
+            raise ConnectionFileError(f"{lock}: {_reason(error)}; the name cannot be claimed", UNSAFE) from error
         note, keep = "", False
         try:
             try:
@@ -610,27 +610,24 @@ def _lock(path: str) -> tuple[int, str]:
             if not keep:
                 os.close(fd)
         if not locked:
-            time.sleep(0.005)
+            time.sleep(0.005)  # nothing tells when a lock is let go, and blocking in flock() has no limit
 
 
 def _open_lock(lock: str) -> int:
-    """Open or create; exit code 5 if it is not our own plain file."""
-    _refuse_in_the_way(lock, stat.S_ISREG, "a regular file")
-    try:
-        return _create_private(lock)
-    except FileExistsError:
-        pass
-    try:
-        fd = os.open(lock, os.O_RDWR | _O_SAFE)
-    except FileNotFoundError:  # its holder ended between the two
-        return _open_lock(lock)
+    """Open or create the lock file; OSError, or exit code 5 if it is not our own plain file."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return _create_private(lock)
+        with contextlib.suppress(FileNotFoundError):  # its holder ended between the two
+            fd = os.open(lock, os.O_RDWR | _O_SAFE)
+            break
     found = os.fstat(fd)
     fault = _fault(found, stat.S_ISREG, "a regular file")
     if fault is None and found.st_nlink > 1:
         fault = "has another name as well (a hard link)"
     if fault:
         os.close(fd)
-        raise ConnectionFileError(f"{lock}: {fault}; not used, remove it", UNSAFE)
+        raise ConnectionFileError(f"{lock}: what stands there {fault}; not used, remove it", UNSAFE)
     return fd
 
 
@@ -715,36 +712,24 @@ def remove_sockets(info: ConnectionInfo) -> None:
                 os.unlink(path)
 
 
-def check_sockets(info: ConnectionInfo) -> None:
-    """Before a bind: exit code 5 if anything but a left-over socket of ours stands where ours will.
-
-    ZeroMQ itself would unlink whatever is there, and would take a living kernel's socket as well;
-    against the latter there is the Claim.
-    """
-    for path in info.ipc_paths():
-        _refuse_in_the_way(path, stat.S_ISSOCK, "a socket")
-
-
 def remove_stale(folder: str | None = None) -> list[str]:
     """Remove what dead kernels left in `folder` (default: ours); the names of the kernels removed.
 
-    Who holds its Claim is alive and is not touched; where the file system has no locks nothing is.
+    Only what has a lock file, so that it was ours, and only when nobody holds that lock. Where the file
+    system has no locks nothing is removed.
     """
     folder = os.path.abspath(folder or kernels_folder())
-    names = {kernel_name_of(path) for path in _connection_files(folder)}
     removed = []
-    with contextlib.suppress(OSError):
-        for entry in os.listdir(folder):
-            if entry.endswith(".json.lock"):
-                names.add(entry.removesuffix(".json.lock"))
-            elif entry.startswith(".") and entry.endswith(".tmp") and not _is_fresh(os.path.join(folder, entry)):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, entry))
-    for name in sorted(names):
-        path = os.path.join(folder, f"{name}.json")
-        with contextlib.suppress(ConnectionFileError, OSError):
-            if _remove_if_stale(path):
-                removed.append(name)
+    with contextlib.suppress(FileNotFoundError):
+        for entry in sorted(os.listdir(folder)):
+            path = os.path.join(folder, entry)
+            with contextlib.suppress(ConnectionFileError, OSError):
+                if entry.endswith(".json.lock"):
+                    path = path.removesuffix(".lock")
+                    if _remove_if_stale(path):
+                        removed.append(kernel_name_of(path))
+                elif (entry.endswith(".tmp") or _is_dead_socket(path)) and not _is_fresh(path):
+                    os.unlink(path)
     return removed
 
 
@@ -754,24 +739,28 @@ def _remove_if_stale(path: str) -> bool:
     if is_claimed(path):
         return False
     fd, note = _lock(path)
-    if note or fd < 0:
+    if note:
         if fd >= 0:
             os.close(fd)
         return False
     try:
-        try:
-            info = read_connection_file(path, as_kernel=True)
-        except ConnectionFileError:
-            info = None  # malformed, unsafe or gone: its sockets are then those that its name implies
-        if info is not None:
-            remove_files(path, info)
-        remove_sockets(ConnectionInfo("ipc", path.removesuffix(".json"), 1, 2, 3, 4, 5, b""))
+        with contextlib.suppress(ConnectionFileError):  # malformed or gone: its sockets are swept by and by
+            remove_files(path, read_connection_file(path, as_kernel=True))
         for left in (path, log_path(path)):
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            with contextlib.suppress(OSError):
                 os.unlink(left)
     finally:
         _unlock(path, fd)
     return True
+
+
+def _is_dead_socket(path: str) -> bool:
+    """Whether it is a socket file with nobody behind it, as SIGKILL leaves them."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)  # a full backlog must not hold us up; it says that somebody is there
+        return sock.connect_ex(path) == errno.ECONNREFUSED
 
 
 def _is_fresh(path: str) -> bool:
@@ -831,7 +820,7 @@ def check_listening(info: ConnectionInfo, *, is_managed: bool = False) -> list[s
     if not is_local and not has_curve:
         raise ConnectionFileError(
             f"ip {_shown(info.ip)} can be reached from other machines, and the connection has no CURVE keys: "
-            f"code and output would travel in clear. Use ip 127.0.0.1, or a manager with transport_encryption = required",
+            f"code and output would travel in clear. Use ip 127.0.0.1, or transport_encryption = required",
             UNSAFE,
         )
     if info.key:
@@ -875,8 +864,3 @@ def _is_loopback_address(text: str) -> bool:
     # ::ffff:127.0.0.1 counts by its IPv4 part on every version of Python.
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
-
-
-def alive_kernels() -> Iterator[str]:
-    """The connection files of our kernels whose Claim is held, newest first."""
-    yield from sorted((p for p in _connection_files(kernels_folder()) if is_claimed(p)), key=_age_key, reverse=True)
