@@ -1,0 +1,743 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""One kernel from the outside: requests, replies, output, input, interrupt, and its death.
+
+    with connect() as client:                       # the newest kernel of mine; or a name, a file, a process
+        client.execute("print(1)", on_output=print)
+
+A Client may be used by any number of threads.  Each request is a Pending: sent by `submit`, completed by the
+thread `twoproc-client`, waited for by whoever asked.  `execute` and its siblings are submit and wait in one.
+
+    caller's thread                 twoproc-client
+    submit -> the table             poll, verify (channels.ClientChannels)
+    wait                            look up the parent's msg_id, put into that request's inbox, ring
+      on_output, on_input  <-       listeners
+
+Ctrl-C while a caller waits raises KeyboardInterrupt there and harms nothing: call `interrupt`, and wait for
+the same Pending again.  `interrupt_nowait` may be called from a signal handler.
+
+How death is noticed: by the launcher that started the kernel, by the process number in a connection file of
+this machine (pidfd or kqueue), by a connection that is cut and then refused.  Silence is not death: a kernel
+that is stopped, or computes in C, may go on; `silence` says for how long it has not answered.
+
+Kernels written by others are met with patience: a message that cannot be read is counted and dropped, a reply
+or an idle that never comes ends a wait but not the client.
+"""
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from typing import Any, Callable
+
+from . import connection
+from .channels import ClientChannels
+from .connection import ConnectionInfo
+from .session import MESSAGES, Message, Session
+
+# A kernel may reply and then never send its idle: after so many seconds without a message of that request
+# its reply is enough.  A kernel with megabytes of output still to send keeps sending.
+IDLE_PATIENCE = 5.0
+# Output that a slow caller has not taken yet: beyond it iopub is left unread until half of it is taken.
+UNREAD_CHARS = 64 << 20
+# The last words of a dead kernel are already on the way: wait for this much silence, but no longer than that.
+LAST_WORDS, LAST_WORDS_AT_MOST = 0.03, 0.4
+END_OF_INPUT = "\x04"       # as an input_reply's value, what every Jupyter kernel takes for end of file
+
+
+class KernelDied(Exception):
+    """The kernel is gone, and with it the answer.  cause: what ended it, as text to show."""
+
+    def __init__(self, cause: str):
+        super().__init__("kernel died: " + cause)
+        self.cause = cause
+
+
+class NotReady(ConnectionError):
+    """Attaching failed.  reason: refused, key, encryption, busy, output or silent; str() says it to a person."""
+
+    def __init__(self, reason: str, text: str):
+        super().__init__(text)
+        self.reason = reason
+
+
+def connect(target: Any = None, timeout: float | None = None, **options: Any) -> Client:
+    """A client of a running kernel that has answered, and whose output arrives here from now on.
+
+    target: None for the newest kernel of this user, a connection file, a kernel's name or the beginning of
+    one, a ConnectionInfo, or a launcher.KernelProcess.  timeout: by default 5 s, for a process that we
+    started 60 s.  options: those of Client.
+    Raises ConnectionFileError, NotReady with the cause, or KernelDied.
+    """
+    client = Client(target, **options)
+    try:
+        client.wait_ready(timeout)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Bell:
+    """Lets one thread wait until another has something for it; rings before the wait are not lost.
+
+    A SimpleQueue: ringing is reentrant, so that it may happen in a signal handler, and Ctrl-C ends the wait.
+    """
+
+    def __init__(self) -> None:
+        self._rings: queue.SimpleQueue = queue.SimpleQueue()
+        self.ring = lambda: self._rings.put(None)
+
+    def wait(self, timeout: float | None) -> None:
+        try:
+            self._rings.get(timeout=None if timeout is None else max(0.0, timeout))
+            while True:
+                self._rings.get_nowait()
+        except queue.Empty:
+            pass
+
+
+class Pending:
+    """One request on its way: `wait` for it, look at `is_done` and `reply`, or `cancel` it.
+
+    twoproc-client fills it; one thread at a time may wait.
+    """
+
+    def __init__(self, client: Client, msg_type: str, msg_id: str, *, needs_reply: bool, needs_idle: bool,
+                 allows_input: bool, on_message: Callable[[Message], None] | None):
+        self.client = client
+        self.msg_type = msg_type
+        self.msg_id = msg_id
+        self.reply: Message | None = None
+        self.error: Exception | None = None     # KernelDied, or the client was closed
+        self.is_idle = False                    # the kernel said that it has finished with this request
+        self.is_done = False                    # nothing more will come
+        self._needs_reply, self._needs_idle = needs_reply, needs_idle
+        self._allows_input = allows_input
+        self._on_message = on_message
+        self._inbox: deque = deque()            # (channel, Message); twoproc-client appends, the waiter takes
+        self._bell = Bell()
+        self._heard_at = time.monotonic()
+
+    # -- called by any thread
+    def wait(self, timeout: float | None = None, *, on_output: Callable[[Message], None] | None = None,
+             on_input: Callable[[str, bool], str] | None = None) -> Message | None:
+        """Wait until the request is done; returns its reply (None for a message type that has none).
+
+        on_output(message): every iopub message of this request, in order, in this thread.
+        on_input(prompt, password): what the user answers; may raise EOFError, or KeyboardInterrupt, which
+        interrupts the cell; without it a question is answered with end of input.
+        Raises TimeoutError, on time also while output keeps coming, and KernelDied.  After TimeoutError,
+        KeyboardInterrupt or an exception of the callbacks it may be called again and goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            is_done, error = self.is_done, self.error       # before the inbox: all that belongs to it is there
+            while self._inbox:
+                if deadline is not None and time.monotonic() > deadline:
+                    raise self._timeout_error(timeout)
+                self._handle(*self._take(), on_output, on_input)
+            if is_done:
+                return self.reply
+            if error is not None:
+                raise error
+            now = time.monotonic()
+            patience = None
+            if self.reply is not None or (self.is_idle and not self._needs_reply):
+                patience = self._heard_at + IDLE_PATIENCE - now
+                if patience <= 0:
+                    self.cancel()
+                    return self.reply
+            left = None if deadline is None else deadline - now
+            if left is not None and left <= 0:
+                raise self._timeout_error(timeout)
+            self._bell.wait(min((seconds for seconds in (left, patience) if seconds is not None), default=None))
+
+    def discard_output(self) -> int:
+        """Forget the output that has arrived and was not handled yet; how many messages that was.
+
+        For a user who interrupted a flood.  Questions of the kernel are kept.
+        """
+        taken = [self._take() for _ in range(len(self._inbox))]
+        self._inbox.extendleft(reversed([entry for entry in taken if entry[0] == "stdin"]))
+        return sum(1 for channel, _ in taken if channel == "iopub")
+
+    def cancel(self) -> None:
+        """Expect nothing more: what still comes is dropped.  The kernel is not told; that is `interrupt`."""
+        self.client._forget(self)
+        self.is_done = True
+        self._bell.ring()
+
+    def _take(self) -> tuple[str, Message]:
+        channel, message = self._inbox.popleft()
+        if channel == "iopub":
+            self.client._count_unread(-_size(message))
+        return channel, message
+
+    def _handle(self, channel: str, message: Message, on_output: Callable | None, on_input: Callable | None) -> None:
+        if channel != "stdin":
+            if on_output is not None:
+                on_output(message)
+            return
+        value = END_OF_INPUT
+        if on_input is not None:
+            try:
+                value = on_input(str(message.content.get("prompt", "")), message.content.get("password") is True)
+            except EOFError:
+                pass
+            except KeyboardInterrupt:
+                self.client.interrupt_nowait()      # the kernel's input() raises it there
+                return
+        if self.reply is None:      # else the cell ended while the user was thinking: nobody asks any more
+            self.client._answer(message, value)
+
+    def _timeout_error(self, timeout: float | None) -> TimeoutError:
+        what = "reply to" if self.reply is None else "end of"
+        return TimeoutError("no %s %s within %g s" % (what, self.msg_type, timeout or 0))
+
+    # -- run by twoproc-client only
+    def _receive(self, channel: str, message: Message) -> None:
+        self._heard_at = time.monotonic()
+        if channel == "iopub":
+            if message.msg_type == "status" and message.content.get("execution_state") == "idle":
+                self.is_idle = True
+        elif channel == "stdin":
+            if message.msg_type != "input_request":
+                return
+            if not self._allows_input:
+                self.client._answer(message, END_OF_INPUT)
+                return
+        elif message.msg_type.endswith("_reply"):
+            self.reply = self.reply or message
+        if self._on_message is not None:
+            self._on_message(message)
+        if channel == "stdin" or channel == "iopub" and self._needs_idle and self._on_message is None:
+            self._inbox.append((channel, message))
+            if channel == "iopub":
+                self.client._count_unread(_size(message))
+        if (self.reply is not None or not self._needs_reply) and (self.is_idle or not self._needs_idle):
+            self.client._forget(self)
+            self.is_done = True
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self._bell.ring()
+
+
+def _size(message: Message) -> int:
+    """About how much memory a message takes: text is what there can be much of."""
+    text = message.content.get("text")
+    return 1000 + (len(text) if type(text) is str else 0) + sum(map(len, message.buffers))
+
+
+class Client:
+    """A connection to one kernel.  Thread-safe; every method that waits has a time limit.
+
+    target: as for `connect`.  username: how others see us.  heartbeat: seconds between two pings, 0: none.
+    Making one returns at once: `wait_ready` waits until there is somebody at the other end.
+    """
+
+    def __init__(self, target: Any = None, *, username: str | None = None, heartbeat: float | None = None):
+        self.process: Any = None                    # the launcher.KernelProcess, when we were given one
+        self.connection_file: str | None = None     # None when we were given a ConnectionInfo
+        if isinstance(target, ConnectionInfo):
+            self.info = target
+        else:
+            if hasattr(target, "connection_file"):
+                self.process, target = target, target.connection_file
+            self.connection_file = connection.find_connection_file(os.fspath(target) if target else None)
+            self.info = connection.read_connection_file(self.connection_file)
+        self.execution_state = ""                   # what the kernel said last: starting, busy, idle
+        self.kernel_info_reply: Message | None = None
+        self.died: KernelDied | None = None
+        # Every request that expects something.  Callers add, twoproc-client and cancel() remove: single
+        # operations on a dict, which threads and Ctrl-C leave whole.
+        self._table: dict[str, Pending] = {}
+        self._listeners: list[Callable[[Message], None]] = []       # replaced, never changed in place
+        self._watchers: list[Callable[[str], None]] = []            # the same
+        self._ready_bell = Bell()
+        self._sees_output = False           # something arrived on iopub: the subscription stands
+        self._was_connected = False         # since the last reset
+        self._unread_chars = 0
+        self._unread_lock = threading.Lock()    # for that sum; held for one addition, never across a call
+        self._dying: tuple[float, float, str] | None = None     # quiet until, at the latest, cause
+        self._shutdown: Message | None = None       # the shutdown_reply that a kernel publishes to all
+        self._is_closed = False
+        self._pid = os.getpid()
+        self._watched_pid: int | None = None
+        self._process_descriptor: Any = None
+        self._session = Session(self.info.key, self.info.signature_scheme, username=username,
+                                max_frames=1 << 16, max_message=1 << 31)
+        self.session, self.username = self._session.session, self._session.username
+        options = {} if heartbeat is None else {"heartbeat": heartbeat}
+        self._channels = ClientChannels(self.info, self._session, on_messages=self._receive, on_link=self._hear_link,
+                                        on_tick=self._tick, on_end=self._end, **options)
+        if self.process is not None:
+            self.process.on_death(self._hear_process)
+        else:
+            self._channels.call(self._watch_process)
+
+    # -- called by any thread: the life of the client
+    def close(self, timeout: float = 2.0) -> None:
+        """End the connection and the thread; the kernel lives on.  Requests still open raise in their callers."""
+        self._is_closed = True
+        if self._pid != os.getpid():
+            return      # a forked child has our object but not our thread; the sockets are the parent's
+        if self.process is not None:
+            self.process.on_death(self._hear_process, remove=True)
+        self._channels.close(timeout)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def wait_ready(self, timeout: float | None = None) -> Message:
+        """Wait until the kernel has answered and its output reaches us; returns its kernel_info_reply.
+
+        Raises NotReady with the cause, at once where it is certain, else when `timeout` is over, and KernelDied.
+        """
+        if timeout is None:
+            timeout = 60.0 if self.process is not None else 5.0
+        start = time.monotonic()
+        probes = [self.submit("kernel_info_request")]
+        control: Pending | None = None
+        pause = 0.05
+        probe_at = start + pause
+        try:
+            while True:
+                now = time.monotonic()
+                if self.died is not None:
+                    raise self.died
+                self.kernel_info_reply = next((probe.reply for probe in probes if probe.reply), None)
+                if self.kernel_info_reply is not None and self._sees_output:
+                    return self.kernel_info_reply
+                if now >= start + timeout or (self._is_hopeless(now - start) and self.process is None):
+                    raise self._diagnose(control, timeout)
+                if now >= probe_at:
+                    # A kernel without iopub_welcome shows that the subscription stands by a status, and for
+                    # that it must be asked something after it stands.
+                    if self.kernel_info_reply is not None:
+                        probes.append(self.submit("kernel_info_request"))
+                    elif control is None and now - start > 0.5:
+                        control = self.submit("kernel_info_request", channel="control")
+                        self._channels.call(self._channels.ping)
+                    pause = min(1.0, 2 * pause)
+                    probe_at = now + pause
+                self._ready_bell.wait(min(probe_at, start + timeout) - now)
+        finally:
+            for probe in probes + ([control] if control else []):
+                probe.cancel()
+
+    @property
+    def is_alive(self) -> bool:
+        """False when the kernel is known to have died, and not come back, or the client is closed."""
+        return self.died is None and not self._is_closed
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the oldest heartbeat that the kernel has not answered, 0.0 while it answers."""
+        since = self._channels.silent_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def dropped_messages(self) -> int:
+        """Messages that came and could not be believed or read."""
+        return self._channels.bad_signatures + self._channels.bad_messages
+
+    def listen(self, callback: Callable[[Message], None]) -> Callable[[], None]:
+        """Have `callback` called with every iopub message, also those that others caused; returns what ends it.
+
+        parent_header says whose request it was: username, session.  Called on twoproc-client: must not wait.
+        """
+        self._listeners = [*self._listeners, callback]
+        return lambda: setattr(self, "_listeners", [other for other in self._listeners if other is not callback])
+
+    def watch(self, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Have `callback` called with "died" or "alive" when that changes; returns what ends it.
+
+        "alive" comes when a kernel answers again at the same address.  Called on twoproc-client: must not wait.
+        """
+        self._watchers = [*self._watchers, callback]
+        return lambda: setattr(self, "_watchers", [other for other in self._watchers if other is not callback])
+
+    # -- called by any thread: requests
+    def submit(self, msg_type: str, content: dict | None = None, *, channel: str | None = None,
+               on_message: Callable[[Message], None] | None = None, wait_idle: bool = False,
+               metadata: dict | None = None, buffers: tuple = ()) -> Pending:
+        """Send a request and return at once.
+
+        channel: by default the one of session.MESSAGES.  wait_idle: done when the kernel says idle, and its
+        output is kept for the waiter, else done with the reply.  on_message: called on twoproc-client with
+        each message that belongs to it, replies included, instead of keeping output; implies wait_idle.
+        Raises KernelDied, ValueError for a closed client, TypeError for content that JSON cannot hold.
+        """
+        if self._is_closed:
+            raise ValueError("this client is closed; connect again")
+        if self._pid != os.getpid():
+            raise ValueError("this client belongs to process %d, before the fork; connect again" % self._pid)
+        kind = MESSAGES.get(msg_type)
+        header = self._session.header(msg_type)
+        frames = self._session.serialize(msg_type, content or {}, header=header, metadata=metadata or b"{}",
+                                         buffers=buffers)
+        pending = Pending(
+            self, msg_type, json.loads(header)["msg_id"], on_message=on_message,
+            needs_reply=msg_type.endswith("_request") if kind is None else kind.reply is not None,
+            needs_idle=wait_idle or on_message is not None,
+            allows_input=bool(content and content.get("allow_stdin")))
+        self._table[pending.msg_id] = pending
+        # After entering the table: whoever declares the death later will find the request there.
+        if self.died is not None or self._dying is not None:
+            self._forget(pending)
+            raise self.died or KernelDied(self._dying[2] if self._dying else "")
+        self._channels.send(channel or (kind.channels[0] if kind else "shell"), frames)
+        return pending
+
+    def execute_nowait(self, code: str, *, silent: bool = False, store_history: bool = True,
+                       user_expressions: dict | None = None, allow_stdin: bool = False, stop_on_error: bool = True,
+                       on_message: Callable[[Message], None] | None = None) -> Pending:
+        """Send a cell and return at once; `wait` on the result as often as needed, with on_output and on_input."""
+        return self.submit("execute_request", {
+            "code": code, "silent": silent, "store_history": store_history and not silent,
+            "user_expressions": user_expressions or {}, "allow_stdin": allow_stdin, "stop_on_error": stop_on_error,
+        }, on_message=on_message, wait_idle=True)
+
+    def execute(self, code: str, *, silent: bool = False, store_history: bool = True,
+                user_expressions: dict | None = None, allow_stdin: bool | None = None, stop_on_error: bool = True,
+                on_output: Callable[[Message], None] | None = None,
+                on_input: Callable[[str, bool], str] | None = None, timeout: float | None = None) -> Message:
+        """Run a cell; returns the execute_reply when the kernel is idle again and all output was handled.
+
+        on_output, on_input, exceptions: as for Pending.wait.  An error in the cell is no exception here:
+        look at content["status"].  After a TimeoutError or KeyboardInterrupt the cell goes on in the kernel
+        (`interrupt` stops it) and its reply is dropped; who wants to go on waiting uses execute_nowait.
+        """
+        pending = self.execute_nowait(
+            code, silent=silent, store_history=store_history, user_expressions=user_expressions,
+            allow_stdin=on_input is not None if allow_stdin is None else allow_stdin, stop_on_error=stop_on_error)
+        return self._finish(pending, timeout, on_output=on_output, on_input=on_input)
+
+    def complete(self, code: str, cursor_pos: int | None = None, timeout: float | None = 5.0) -> Message:
+        return self._ask("complete_request", {"code": code, "cursor_pos": _cursor(code, cursor_pos)}, timeout)
+
+    def inspect(self, code: str, cursor_pos: int | None = None, detail_level: int = 0,
+                timeout: float | None = 5.0) -> Message:
+        return self._ask("inspect_request", {"code": code, "cursor_pos": _cursor(code, cursor_pos),
+                                             "detail_level": detail_level}, timeout)
+
+    def is_complete(self, code: str, timeout: float | None = 1.0) -> Message:
+        return self._ask("is_complete_request", {"code": code}, timeout)
+
+    def history(self, hist_access_type: str = "tail", *, timeout: float | None = 5.0, **fields: Any) -> Message:
+        """fields: n, pattern, unique, session, start, stop, raw, output, as the specification names them."""
+        content = {"raw": True, "output": False, "hist_access_type": hist_access_type, **fields}
+        if hist_access_type in ("tail", "search"):
+            content.setdefault("n", 1000)
+        return self._ask("history_request", content, timeout)
+
+    def kernel_info(self, timeout: float | None = 5.0) -> Message:
+        return self._ask("kernel_info_request", {}, timeout)
+
+    def comm_info(self, target_name: str | None = None, timeout: float | None = 5.0) -> Message:
+        return self._ask("comm_info_request", {} if target_name is None else {"target_name": target_name}, timeout)
+
+    def connect_info(self, timeout: float | None = 5.0) -> Message:
+        return self._ask("connect_request", {}, timeout)
+
+    def interrupt(self, timeout: float | None = 5.0) -> Message | None:
+        """Stop what the kernel runs, whoever sent it; returns the reply, None where a signal was sent instead."""
+        if self._is_interrupted_by_signal():
+            self.process.interrupt()
+            return None
+        return self._ask("interrupt_request", {}, timeout)
+
+    def interrupt_nowait(self) -> None:
+        """The same without waiting; may be called from a signal handler, and when the kernel is dead."""
+        if self._is_interrupted_by_signal():
+            self.process.interrupt()
+        elif self.is_alive and self._dying is None:
+            self._channels.send("control", self._session.serialize("interrupt_request", {}))
+
+    def shutdown(self, restart: bool = False, timeout: float | None = 5.0) -> Message | None:
+        """End the kernel, for everybody; returns its reply, None if it was gone before it could reply."""
+        try:
+            return self._ask("shutdown_request", {"restart": restart}, timeout)
+        except KernelDied:
+            return None
+
+    def _ask(self, msg_type: str, content: dict, timeout: float | None) -> Message:
+        return self._finish(self.submit(msg_type, content), timeout)
+
+    def _finish(self, pending: Pending, timeout: float | None, **callbacks: Any) -> Message:
+        try:
+            reply = pending.wait(timeout, **callbacks)
+        finally:
+            pending.cancel()        # a late reply finds nobody and is dropped
+        assert reply is not None
+        return reply
+
+    def _is_interrupted_by_signal(self) -> bool:
+        return self.process is not None and self.process.interrupt_mode == "signal"
+
+    def _answer(self, question: Message, value: str) -> None:
+        frames = self._session.serialize("input_reply", {"value": value, "status": "ok"}, question.header_bytes)
+        self._channels.send("stdin", frames)
+
+    def _forget(self, pending: Pending) -> None:
+        self._table.pop(pending.msg_id, None)
+
+    def _count_unread(self, chars: int) -> None:
+        with self._unread_lock:
+            before, self._unread_chars = self._unread_chars, self._unread_chars + chars
+        if self._unread_chars < UNREAD_CHARS // 2 <= before and chars < 0:
+            self._channels.call(lambda: self._channels.read_output(True))
+
+    # -- run by twoproc-client only
+    def _receive(self, batch: list) -> None:
+        """Hand each message to the request that caused it, and output to the listeners as well."""
+        table = self._table
+        woken = {}
+        for channel, message in batch:
+            if channel == "iopub":
+                self._note_output(message)
+            parent_id = message.parent_header.get("msg_id")
+            pending = table.get(parent_id) if type(parent_id) is str else None
+            if pending is not None:
+                self._call(pending._receive, channel, message)
+                woken[pending.msg_id] = pending
+            elif channel == "stdin" and message.msg_type == "input_request":
+                self._answer(message, END_OF_INPUT)     # who could have answered has stopped waiting
+        for pending in woken.values():
+            pending._bell.ring()
+        self._ready_bell.ring()
+        if self._unread_chars > UNREAD_CHARS:
+            self._channels.read_output(False)
+        if self._dying is not None:
+            _, latest, cause = self._dying
+            self._dying = min(time.monotonic() + LAST_WORDS, latest), latest, cause
+
+    def _note_output(self, message: Message) -> None:
+        self._sees_output = True
+        if message.msg_type == "status":
+            self.execution_state = str(message.content.get("execution_state", ""))
+        elif message.msg_type == "shutdown_reply":
+            self._shutdown = message
+        for listener in self._listeners:
+            self._call(listener, message)
+
+    def _call(self, function: Callable, *arguments: Any) -> None:
+        """Call a callback of our user; its mistake is shown, and the client lives on."""
+        try:
+            function(*arguments)
+        except Exception:       # the user's code, and the others' messages must not suffer for it
+            sys.excepthook(*sys.exc_info())
+
+    def _tick(self) -> float | None:
+        if self._dying is None:
+            return None
+        quiet_until, _, cause = self._dying
+        left = quiet_until - time.monotonic()
+        if left <= 0:
+            self._declare_dead(cause)
+            return None
+        return left
+
+    def _hear_link(self, event: str) -> None:
+        if event == "connected":
+            self._was_connected = True
+            if self.died is not None:
+                self._revive()
+        elif event == "refused" and self._was_connected and self.died is None and self.process is None:
+            # A local address where somebody listened and nobody does: the process is gone.  Elsewhere it
+            # may be the network, which comes back.
+            if self._watched_pid is None and (self.info.transport == "ipc" or connection.is_loopback(self.info.ip)):
+                self._begin_dying("its process is gone (nothing listens at %s)" % self.info.url("shell"))
+        self._ready_bell.ring()
+
+    def _hear_process(self, cause: str) -> None:
+        """Called by the launcher, on its thread."""
+        self._channels.call(lambda: self._begin_dying(cause))
+
+    def _watch_process(self) -> None:
+        """Have the operating system tell us when the kernel's process, if we know it, has ended."""
+        pid = self.info.extra.get("twoproc_pid")
+        # The number means this machine only while a kernel here holds the claim on this very file; a file
+        # copied from elsewhere, or left by a dead kernel, has none.
+        if type(pid) is int and self.connection_file is not None and connection.is_claimed(self.connection_file):
+            self._process_descriptor = _process_descriptor(pid)
+            if self._process_descriptor is not None:
+                self._watched_pid = pid
+                self._channels.watch(_fileno(self._process_descriptor), self._hear_exit)
+
+    def _hear_exit(self) -> None:
+        self._unwatch_process()
+        self._begin_dying("process %s ended" % self._watched_pid)
+        self._watched_pid = None
+
+    def _unwatch_process(self) -> None:
+        descriptor, self._process_descriptor = self._process_descriptor, None
+        if descriptor is not None:
+            self._channels.unwatch(_fileno(descriptor))
+            os.close(descriptor) if type(descriptor) is int else descriptor.close()
+
+    def _begin_dying(self, cause: str) -> None:
+        if self.died is None and self._dying is None:
+            if self._shutdown is not None:
+                who = self._shutdown.parent_header.get("username") or "a client"
+                verb = "restarted" if self._shutdown.content.get("restart") is True else "shut down"
+                cause = "%s by %s" % (verb, who if who != self.username else "%s (%s)" % (who, cause))
+            now = time.monotonic()
+            self._dying = now + LAST_WORDS, now + LAST_WORDS_AT_MOST, cause
+
+    def _declare_dead(self, cause: str) -> None:
+        self.died, self._dying = KernelDied(cause), None
+        self.execution_state = ""
+        self._fail_all(self.died)
+        self._sees_output = self._was_connected = False
+        self._shutdown = None
+        # Its own launcher starts it again in a moment, others in their own time.
+        self._channels.reset(is_urgent=self.process is not None and self.process.is_restarting)
+        self._ready_bell.ring()
+        for watcher in self._watchers:
+            self._call(watcher, "died")
+
+    def _revive(self) -> None:
+        """Somebody listens again where our kernel died: its successor, if the key is the same."""
+        if self.connection_file is not None:
+            try:
+                info = connection.read_connection_file(self.connection_file)
+            except connection.ConnectionFileError:
+                info = self.info        # not written yet, or not ours to read: a wrong key will show
+            if info.key == self.info.key:
+                self.info = info
+        self.died = None
+        if self.process is None:
+            self._watch_process()
+        for watcher in self._watchers:
+            self._call(watcher, "alive")
+
+    def _fail_all(self, error: Exception) -> None:
+        for pending in list(self._table.values()):
+            self._forget(pending)
+            pending._fail(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        self._is_closed = True
+        self._unwatch_process()
+        if error is None:
+            self._fail_all(ConnectionAbortedError("the client was closed while this request was waiting"))
+            return
+        self._fail_all(RuntimeError("the client's thread ended with %r" % error))
+        sys.excepthook(type(error), error, error.__traceback__)
+
+    # -- why attaching failed
+    def _is_hopeless(self, waited: float) -> bool:
+        """Nothing but a change at the other end would help: no need to wait until the time is over."""
+        if self._sees_output or self._channels.answered_at is not None and not self._channels.bad_signatures:
+            return False
+        return (waited > 1.0 and (self._channels.link in ("refused", "rejected", "disconnected"))
+                or waited > 0.5 and self._channels.bad_signatures > 0)
+
+    def _diagnose(self, control: Pending | None, timeout: float) -> NotReady:
+        """The cause, from what was and was not heard, and from a look at each address."""
+        waited = "within %g s" % timeout
+        if self._channels.bad_signatures and not self._sees_output:
+            return NotReady("key", "the kernel signs with another key than the connection file's: is the file from "
+                                   "an earlier kernel at the same address?")
+        if self.kernel_info_reply is not None:
+            return NotReady("output", "the kernel answers, but no output arrived from iopub at %s %s"
+                                      % (self.info.url("iopub"), waited))
+        for channel in connection.CHANNELS:
+            problem = _knock(self.info, channel)
+            if problem is not None:
+                return NotReady(*problem)
+        if control is not None and control.reply is not None:
+            return NotReady("busy", "the kernel is busy: it answers on control, but not on shell %s" % waited)
+        if self._channels.answered_at is not None:
+            return NotReady("key", "the kernel's heartbeat answers, but no request was answered %s: either the key "
+                                   "in the connection file is wrong, or the kernel is busy" % waited)
+        return NotReady("silent", "something listens at %s but does not answer, not even the heartbeat, %s: is the "
+                                  "kernel's process stopped?" % (self.info.url("shell"), waited))
+
+
+def _cursor(code: str, cursor_pos: int | None) -> int:
+    return len(code) if cursor_pos is None else cursor_pos
+
+
+def _process_descriptor(pid: int) -> Any:
+    """What becomes readable when the process ends: a pidfd, a kqueue; None where there is neither.
+
+    Without it a local death is still seen at once by the connection that is cut and refused.
+    """
+    try:
+        if hasattr(os, "pidfd_open"):
+            return os.pidfd_open(pid)
+        import select
+        if hasattr(select, "kqueue"):
+            events = select.kqueue()
+            events.control([select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD | select.KQ_EV_ONESHOT,
+                                          select.KQ_NOTE_EXIT)], 0)
+            return events
+    except OSError:
+        pass        # ended already, or the system is too old
+    return None
+
+
+def _fileno(descriptor: Any) -> int:
+    return descriptor if type(descriptor) is int else descriptor.fileno()
+
+
+# The first 64 bytes of every ZeroMQ connection (RFC 23): signature, version, then the security mechanism.
+_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+
+
+def _knock(info: ConnectionInfo, channel: str) -> tuple[str, str] | None:
+    """(reason, text) if one address cannot be reached, or is not a ZeroMQ socket with the mechanism we expect."""
+    import socket
+    url = info.url(channel)
+    if info.transport == "ipc":
+        family, address = getattr(socket, "AF_UNIX", None), url[len("ipc://"):]
+    else:
+        family, address = None, (info.ip.strip("[]"), info.port(channel))
+    seen = b""
+    try:
+        if isinstance(address, tuple):
+            sock = socket.create_connection(address, 1.0)
+        else:
+            sock = socket.socket(family)
+    except OSError as error:
+        return "refused", _nothing_listens(channel, url, error)
+    with sock:
+        sock.settimeout(1.0)
+        try:
+            if not isinstance(address, tuple):
+                sock.connect(address)
+        except OSError as error:
+            return "refused", _nothing_listens(channel, url, error)
+        try:
+            sock.sendall(_GREETING)
+            while len(seen) < 32:
+                part = sock.recv(64)
+                if not part:
+                    break
+                seen += part
+        except OSError:
+            pass
+    if len(seen) < 32:
+        # A stopped process accepts and says nothing: that is told by the caller.
+        return None if not seen else ("refused", "%s: what listens for %s is not a Jupyter kernel" % (url, channel))
+    mechanism = seen[12:32].rstrip(b"\0").decode("ascii", "replace")
+    expected = "CURVE" if info.curve_publickey else "NULL"
+    if mechanism != expected:
+        words = {"NULL": "without encryption", "CURVE": "encrypted"}
+        return "encryption", "the kernel at %s talks %s, the connection file says %s: is the file from an earlier " \
+                             "kernel?" % (url, words.get(mechanism, mechanism), words[expected])
+    return None
+
+
+def _nothing_listens(channel: str, url: str, error: OSError) -> str:
+    return "nothing listens for %s at %s (%s): has the kernel ended?" % (channel, url, error.strerror or error)
