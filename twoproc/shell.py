@@ -1,0 +1,1224 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""Every IPython call of the kernel: one Interpreter around one InteractiveShell.
+
+kernel.py makes an Interpreter in the main thread, hands it two functions, `publish` (any thread) and `ask`
+(main thread), and calls one method per request; it gets reply contents back.  No socket is known here, so
+the tests hand in functions that append to a list.
+
+Reading order:
+1. Interpreter: one method per request.  execute and the comm handlers belong to the main thread; complete,
+   inspect, history and is_complete may be called by a helper thread while a cell runs.
+2. ZMQInteractiveShell and what hangs on it: IPython with its output going to `publish`, its input coming
+   from `ask`.  Libraries look for that class name and for "IPKernelApp" in its config.
+3. Awaiting: the one asyncio loop of the main thread, run only while a cell awaits or the kernel is idle.
+4. History, comms, completion, configuration: what IPython does in a way that a kernel cannot afford, or not
+   at all.
+
+User code runs with as little of ours around it as we could manage: sys.displayhook, sys.excepthook,
+builtins.input and sys.breakpointhook are set once, before the first cell, so that a user's replacement stays.
+"""
+from __future__ import annotations
+
+import builtins
+import contextlib
+import contextvars
+import getpass
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import uuid
+from typing import Any, Callable
+
+from IPython.core import page, release
+from IPython.core.application import ENV_CONFIG_DIRS, SYSTEM_CONFIG_DIRS, ProfileDir
+from IPython.core.autocall import ZMQExitAutocall
+from IPython.core.compilerop import CachingCompiler
+from IPython.core.displayhook import DisplayHook
+from IPython.core.displaypub import DisplayPublisher
+from IPython.core.display_trap import DisplayTrap
+from IPython.core.error import StdinNotImplementedError, UsageError
+from IPython.core.history import HistoryManager
+from IPython.core.interactiveshell import InteractiveShell, InteractiveShellABC
+from IPython.core.magic import Magics, line_magic, magics_class
+from IPython.core.shellapp import InteractiveShellApp
+from IPython.core.usage import default_banner
+from IPython.paths import get_ipython_dir
+from traitlets import Any as AnyTrait, Instance, Type, default
+from traitlets.config.loader import Config, ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
+
+from .session import Message
+
+__all__ = ["Interpreter", "StdinNotImplementedError", "ZMQInteractiveShell"]
+
+log = logging.getLogger("twoproc")
+
+# How long tasks that a cancelled cell left may take to end; then they are left alone.
+CANCEL_SECONDS = 1.0
+# How long another process may keep history.sqlite locked before we try again later; and, at exit, give up.
+LOCK_SECONDS, LAST_LOCK_SECONDS = 0.2, 2.0
+
+
+# -- 1. One method per request ---------------------------------------------------------------------
+
+class Interpreter:
+    """IPython as the kernel sees it.  Made once per process: InteractiveShell is a singleton.
+
+    publish(msg_type, content, metadata=None, buffers=(), parent=None): called from any thread.
+    ask(prompt, password) -> str: called by input() and getpass() in the main thread; raises EOFError,
+    KeyboardInterrupt, or StdinNotImplementedError when the client allowed no input.
+    profile_dir: a folder as given to --profile-dir, made if missing; None: IPython's default profile.
+    config: a dict of traitlets sections that win over the user's files.
+
+    sys.stdout, sys.stderr and sys.stdin must be the kernel's own before: input() asks the frontend only as
+    long as sys.stdin is the object found here.
+    """
+
+    implementation = "ipython"
+    implementation_version = release.version
+    language_info = {
+        "name": "python", "version": sys.version.split()[0], "mimetype": "text/x-python", "file_extension": ".py",
+        "codemirror_mode": {"name": "ipython", "version": sys.version_info[0]},
+        "pygments_lexer": "ipython3", "nbconvert_exporter": "python"}
+
+    def __init__(self, publish: Callable, ask: Callable[[str, bool], str], profile_dir: str | None = None,
+                 config: dict | None = None):
+        self.publish, self.ask = publish, ask
+        self.stdin = sys.stdin
+        self.connection_file: str | None = None       # kernel.py sets it, %connect_info shows it
+        self._parent: contextvars.ContextVar = contextvars.ContextVar("twoproc parent")
+        self._latest_parent: Message | None = None    # written by main only; threads without one of their own read it
+        self._loop: Any = None
+        self._interruption: BaseException | None = None
+        self._is_starting = True
+        self._startup_report = ""
+        self.comm_manager = CommManager(self)
+        self.kernel = Kernel(self)
+        self._start(profile_dir, Config(config or {}))
+        self._is_starting = False
+
+    def _start(self, profile_dir: str | None, config: Config) -> None:
+        """Make the shell and run the user's configuration, extensions and startup files.
+
+        Whatever goes wrong in them is told with the first cell: before it no frontend may be listening.
+        """
+        complaints = io.StringIO()
+        with contextlib.redirect_stderr(complaints):
+            profile = find_profile(profile_dir)
+            loaded = load_config_files(profile)
+            loaded.merge(config)
+            # tqdm and others take us for a notebook only if this section exists.
+            loaded.IPKernelApp.name = "twoproc"
+            os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+            try:
+                self.shell = self._make_shell(profile, loaded)
+            except Exception:
+                traceback.print_exc()
+                print("IPython could not be set up with this configuration and starts without it.", file=sys.stderr)
+                ZMQInteractiveShell.clear_instance()
+                loaded = Config(config)
+                loaded.IPKernelApp.name = "twoproc"
+                self.shell = self._make_shell(profile, loaded)
+            self._install()
+            IPKernelApp(parent=None, config=loaded, shell=self.shell, profile_dir=profile).run()
+        self._startup_report = complaints.getvalue()
+
+    def _make_shell(self, profile: ProfileDir, config: Config) -> ZMQInteractiveShell:
+        return ZMQInteractiveShell.instance(interpreter=self, kernel=self.kernel, config=config, profile_dir=profile)
+
+    def _install(self) -> None:
+        """What user code reaches through builtins and sys, set once so that a user's replacement stays."""
+        plain_input, plain_getpass = builtins.input, getpass.getpass
+        # the names and signatures are those of the functions replaced: inspect.signature must agree
+
+        def input(prompt="", /):
+            """Read a line from the frontend that sent the running cell."""
+            return self.ask(str(prompt), False) if sys.stdin is self.stdin else plain_input(prompt)
+
+        def ask_password(prompt="Password: ", stream=None, **options):
+            """Read a line from the frontend that sent the running cell, without showing what is typed."""
+            return self.ask(str(prompt), True) if sys.stdin is self.stdin else plain_getpass(prompt, stream, **options)
+
+        builtins.input, getpass.getpass = input, ask_password
+        sys.displayhook = self.shell.displayhook
+        sys.excepthook = self.shell.excepthook
+        sys.breakpointhook = self._breakpoint
+        # The comm package is what widgets import; without it our own manager is still there for
+        # get_ipython().kernel.comm_manager.
+        with contextlib.suppress(ImportError):
+            import comm
+            comm.create_comm = lambda *args, **keys: Comm(*args, manager=self.comm_manager, **keys)
+            comm.get_comm_manager = lambda *args, **keys: self.comm_manager
+
+    def _breakpoint(self, *args, **keys):
+        if os.environ.get("PYTHONBREAKPOINT"):
+            return sys.__breakpointhook__(*args, **keys)
+        if os.environ.get("PYTHONBREAKPOINT") == "":
+            del os.environ["PYTHONBREAKPOINT"]
+        from IPython.core.debugger import set_trace
+        return set_trace(sys._getframe().f_back, *args, **keys)
+
+    @property
+    def banner(self) -> str:
+        return self.shell.banner
+
+    @property
+    def execution_count(self) -> int:
+        return self.shell.execution_count
+
+    # -- whose output is it
+
+    def set_parent(self, message: Message) -> None:
+        """From now on output belongs to this request: in main, and in threads that have no parent of their own."""
+        self._parent.set(message)
+        self._latest_parent = message
+
+    def current_parent(self) -> Message | None:
+        """The request that output of the calling thread or task belongs to.
+
+        A task keeps the parent of the cell that made it; a thread follows the latest cell unless pinned.
+        """
+        return self._parent.get(None) or self._latest_parent
+
+    @contextlib.contextmanager
+    def under(self, message: Message):
+        """Output inside the block belongs to this message, in the calling thread or task only."""
+        token = self._parent.set(message)
+        try:
+            yield
+        finally:
+            self._parent.reset(token)
+
+    # -- execute
+
+    def execute(self, code: str, silent: bool, store_history: bool, user_expressions: dict | None,
+                cell_id: str | None = None, run: Callable = lambda function: function()) -> dict:
+        """Run a cell; the whole content of execute_reply.
+
+        run(function) calls its argument; it is the caller's frame around user code, where interrupts are let in.
+        """
+        shell = self.shell
+        if self._startup_report and not silent:
+            report, self._startup_report = self._startup_report, ""
+            self.publish("stream", {"name": "stderr", "text": report})
+        shell.start_cell(code)
+        self._offer_loop(code)
+        reply: dict = {"status": "ok"}
+        try:
+            result = run(lambda: shell.run_cell(code, store_history=store_history and not silent, silent=silent,
+                                                cell_id=cell_id))
+            error = result.error_before_exec or result.error_in_exec
+            if error is not None or shell.is_display_broken:
+                reply = {"status": "error", **(shell.last_error or describe(error))}
+            reply["user_expressions"] = {}
+            if user_expressions and reply["status"] == "ok":
+                reply["user_expressions"] = run(lambda: shell.user_expressions(user_expressions))
+        except BaseException as error:
+            # User code, or an interrupt between its frame and ours: told like any error of a cell.
+            shell._showtraceback(type(error), error, describe(error)["traceback"])
+            reply = {"status": "error", **describe(error), "user_expressions": {}}
+        reply["execution_count"] = shell.execution_count - 1
+        reply["payload"] = shell.payload_manager.read_payload()
+        shell.payload_manager.clear_payload()
+        return reply
+
+    # -- asked while a cell may be running, from a helper thread
+
+    def complete(self, code: str, cursor_pos: int) -> dict:
+        """The content of complete_reply."""
+        from IPython.core.completer import provisionalcompleter, rectify_completions
+        completions: list = []
+        # The user's objects answer here (__dir__, __getattr__): whatever they raise is no completion.
+        with contextlib.suppress(Exception), provisionalcompleter():
+            completions = list(rectify_completions(code, self.shell.Completer.completions(code, cursor_pos)))
+        start, end = (completions[0].start, completions[0].end) if completions else (cursor_pos, cursor_pos)
+        return {"status": "ok", "matches": [found.text for found in completions],
+                "cursor_start": start, "cursor_end": end, "metadata": {"_jupyter_types_experimental": [
+                    {"start": found.start, "end": found.end, "text": found.text, "type": found.type,
+                     "signature": found.signature} for found in completions]}}
+
+    def inspect(self, code: str, cursor_pos: int, detail_level: int = 0, omit_sections: tuple = ()) -> dict:
+        """The content of inspect_reply."""
+        from IPython.utils.tokenutil import token_at_cursor
+        try:
+            data = self.shell.object_inspect_mime(token_at_cursor(code, cursor_pos), detail_level=detail_level,
+                                                  omit_sections=omit_sections)
+        except Exception:                           # KeyError: not found; others come from the user's objects
+            return {"status": "ok", "found": False, "data": {}, "metadata": {}}
+        if not self.shell.enable_html_pager:
+            data.pop("text/html", None)
+        return {"status": "ok", "found": True, "data": data, "metadata": {}}
+
+    def is_complete(self, code: str) -> dict:
+        """The content of is_complete_reply."""
+        try:
+            status, indent = self.shell.check_complete(code)
+        except Exception:                           # an input transformation of the user's
+            return {"status": "unknown"}
+        return {"status": status, "indent": indent} if status == "incomplete" else {"status": status}
+
+    def history(self, content: dict) -> dict:
+        """The content of history_reply; content: that of the request, as checked by session.check_request."""
+        manager, get = self.shell.history_manager, content.get
+        kind, raw, output, n = get("hist_access_type"), get("raw", True), get("output", False), get("n")
+        try:
+            with manager.db_lock:
+                if kind == "tail":
+                    found = manager.get_tail(n or 10, raw=raw, output=output, include_latest=True)
+                elif kind == "range":
+                    found = manager.get_range(get("session", 0), get("start", 1), get("stop"), raw=raw, output=output)
+                else:
+                    found = manager.search(get("pattern") or "*", raw=raw, output=output, n=n,
+                                           unique=get("unique", False))
+                return {"status": "ok", "history": list(found)}
+        except Exception as error:
+            manager.complain(error)
+            return {"status": "ok", "history": []}
+
+    def write_history(self) -> None:
+        """Write the inputs of finished cells to history.sqlite; called when the kernel is idle."""
+        self.shell.history_manager.writeout_cache()
+
+    # -- comms
+
+    def comm_info(self, target_name: str | None) -> dict:
+        """The content of comm_info_reply."""
+        return {"status": "ok", "comms": {comm_id: {"target_name": comm.target_name}
+                                          for comm_id, comm in list(self.comm_manager.comms.items())
+                                          if target_name in (None, comm.target_name)}}
+
+    def comm_open(self, message: Message) -> None:
+        self._handle_comm(self.comm_manager.comm_open, message)
+
+    def comm_msg(self, message: Message) -> None:
+        self._handle_comm(self.comm_manager.comm_msg, message)
+
+    def comm_close(self, message: Message) -> None:
+        self._handle_comm(self.comm_manager.comm_close, message)
+
+    def _handle_comm(self, handler: Callable, message: Message) -> None:
+        with self.under(message):
+            try:
+                handler(None, message.identities, as_dict(message))
+            except Exception:                       # user code behind a widget: shown like a cell's error
+                self.shell.showtraceback()
+
+    # -- awaiting
+
+    @property
+    def loop(self):
+        """The asyncio loop of the main thread, made when first needed."""
+        if self._loop is None or self._loop.is_closed():
+            import asyncio
+            from IPython.core import async_helpers
+            # What asyncio.get_event_loop() made for user code is as good as one of ours.
+            self._loop = current_loop() or asyncio.new_event_loop()
+            asyncio.set_event_loop(self._loop)
+            async_helpers._asyncio_event_loop = self._loop      # %%script and others ask IPython for it
+        return self._loop
+
+    def has_pending_tasks(self) -> bool:
+        """Whether running `loop` while the kernel is idle may move something on."""
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return False
+        # Timers and servers are no tasks; where a loop has other insides than asyncio's own, tasks must do.
+        if getattr(loop, "_ready", None) or getattr(loop, "_scheduled", None):
+            return True
+        selector = getattr(loop, "_selector", None)
+        if selector is not None and len(selector.get_map()) > 1:       # 1: the loop's own wake-up
+            return True
+        return bool(sys.modules["asyncio"].all_tasks(loop))
+
+    def _offer_loop(self, code: str) -> None:
+        """Let asyncio.get_event_loop() find our loop, unless the cell has nothing to do with asyncio.
+
+        Not at start: importing asyncio costs 30 ms.  Not if user code has set a loop of its own.
+        asyncio.run() leaves none behind, so this is looked at before each cell.
+        """
+        if ("asyncio" in sys.modules or "asyncio" in code) and (self._loop is None or current_loop() is None):
+            if self._loop is None or self._loop.is_closed():
+                self.loop
+            else:
+                sys.modules["asyncio"].set_event_loop(self._loop)
+
+    def run_coroutine(self, coroutine) -> Any:
+        """Run a cell that awaits, on `loop`; what it leaves pending stays pending unless the cell was interrupted."""
+        import asyncio
+        loop = self.loop
+        before = asyncio.all_tasks(loop)
+        context = contextvars.copy_context()
+
+        async def cell():
+            nonlocal context
+            try:
+                return await coroutine
+            finally:
+                context = contextvars.copy_context()
+
+        task = loop.create_task(cell())
+        try:
+            result = loop.run_until_complete(task)
+            if isinstance(result.error_in_exec, KeyboardInterrupt):
+                self._cancel(asyncio.all_tasks(loop) - before)
+        except BaseException as error:
+            # Born in the selector or in a step of a task that the cell had made; the cell itself still waits.
+            self._interruption = error
+            try:
+                self._cancel(asyncio.all_tasks(loop) - before)
+            finally:
+                self._interruption = None
+            if not task.done() or task.cancelled() or task.exception():
+                raise
+            result = task.result()
+        finally:
+            # A task works on a copy of the context; what the cell has set is to last, as without await.
+            for variable, value in context.items():
+                if variable.get(context) is not value:
+                    variable.set(value)
+        return result
+
+    def _cancel(self, tasks: set) -> None:
+        """Cancel these and let them finish; a task that will not is left behind after CANCEL_SECONDS."""
+        import asyncio
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            done, _ = self.loop.run_until_complete(asyncio.wait(tasks, timeout=CANCEL_SECONDS))
+            for task in done:
+                task.cancelled() or task.exception()          # looked at: asyncio would complain about it later
+
+    # -- the end
+
+    def close(self) -> None:
+        """Write out the history for good.  The user's namespace stays until IPython's own atexit function,
+        registered before any of the user's, so that their exit functions still find their variables."""
+        manager = self.shell.history_manager
+        if manager is not None:
+            manager.end_session()
+
+
+def describe(error: BaseException) -> dict:
+    """The error fields of a reply, for an exception that IPython has not formatted."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception as reason:                               # a __str__ of the user's
+        text = "<str() of the %s raised %s>" % (name, type(reason).__name__)
+    return {"ename": name, "evalue": text, "traceback": ["%s: %s" % (name, text) if text else name]}
+
+
+def current_loop():
+    """The loop that asyncio.get_event_loop() would give without making one, or None."""
+    events = sys.modules.get("asyncio.events")
+    if events is None:
+        return None
+    # asyncio has no question for this: get_event_loop() makes a loop (3.10 to 3.13) or warns about it.
+    policy = getattr(events, "_get_event_loop_policy", None) or events.get_event_loop_policy
+    loop = getattr(getattr(policy(), "_local", None), "_loop", None)
+    return None if loop is None or loop.is_closed() else loop
+
+
+# -- parents as libraries know them ----------------------------------------------------------------
+
+class Parent(dict):
+    """A request as the dict that libraries expect from get_parent(), with the message it was made from."""
+    message: Message
+
+
+def as_dict(message: Message | None) -> Parent:
+    if message is None:
+        return Parent()
+    parent = Parent(header=message.header, parent_header=message.parent_header, metadata=message.metadata,
+                    content=message.content, buffers=[memoryview(buffer) for buffer in message.buffers],
+                    msg_id=message.header.get("msg_id", ""), msg_type=message.header.get("msg_type", ""))
+    parent.message = message
+    return parent
+
+
+def as_message(parent: Any) -> Message | None:
+    """What a library hands to set_parent: what get_parent gave it, or a dict of its own."""
+    if isinstance(parent, (Message, type(None))):
+        return parent
+    if isinstance(parent, Parent) and "header" in parent:
+        return parent.message
+    header = parent.get("header") or {}
+    return Message(header, parent.get("parent_header") or {}, parent.get("metadata") or {}, parent.get("content") or {},
+                   [], [], json.dumps(header, default=str).encode())
+
+
+class Kernel:
+    """get_ipython().kernel: what libraries use of it, and nothing else."""
+
+    def __init__(self, interpreter: Interpreter):
+        self._interpreter = interpreter
+        self.comm_manager = interpreter.comm_manager
+        self.log = log
+
+    @property
+    def shell(self) -> ZMQInteractiveShell:
+        return self._interpreter.shell
+
+    @property
+    def _parent_header(self) -> Parent:
+        return as_dict(self._interpreter.current_parent())
+
+    @property
+    def _parent_ident(self) -> dict:
+        message = self._interpreter.current_parent()
+        return {"shell": message.identities if message else [], "control": []}
+
+    def get_parent(self, channel: str | None = None) -> Parent:
+        return as_dict(self._interpreter.current_parent())
+
+    def set_parent(self, ident: Any, parent: Any, channel: str = "shell") -> None:
+        self._interpreter.set_parent(as_message(parent))
+
+    def set_thread_parent(self, parent: Any) -> contextvars.Token:
+        return self.shell.set_thread_parent(parent)
+
+    def reset_thread_parent(self, token: contextvars.Token) -> None:
+        self.shell.reset_thread_parent(token)
+
+
+# -- 2. IPython's shell ----------------------------------------------------------------------------
+
+def flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):        # whatever the user has put there
+            stream.flush()
+
+
+class ResultHook(DisplayHook):
+    """sys.displayhook: the value of a cell's last expression becomes execute_result."""
+
+    content: dict | None = None
+
+    def quiet(self) -> bool:
+        cell = self.shell.cell
+        if ";" not in cell:
+            return False
+        try:
+            return bool(self.semicolon_at_end_of_expression(cell))
+        except Exception:                           # magics are no tokens
+            return False
+
+    def start_displayhook(self) -> None:
+        self.content = {"execution_count": self.prompt_count, "data": {}, "metadata": {}}
+
+    def write_output_prompt(self) -> None:
+        pass
+
+    def write_format_data(self, format_dict, md_dict=None) -> None:
+        self.content.update(data=format_dict, metadata=md_dict or {})
+
+    def finish_displayhook(self) -> None:
+        content, self.content = self.content, None
+        flush_streams()
+        if content["data"]:
+            self.shell.publish("execute_result", content)
+
+
+class Publisher(DisplayPublisher):
+    """What display(), update_display() and clear_output() end in."""
+
+    def publish(self, data, metadata=None, source=None, *, transient=None, update=False, **others) -> None:
+        self._validate_data(data, metadata)
+        flush_streams()
+        self.shell.publish("update_display_data" if update else "display_data",
+                           {"data": data, "metadata": metadata or {}, "transient": transient or {}})
+
+    def clear_output(self, wait: bool = False) -> None:
+        flush_streams()
+        self.shell.publish("clear_output", {"wait": bool(wait)})
+
+
+class LastingDisplayTrap(DisplayTrap):
+    """IPython puts its displayhook in place for each cell and takes it away after.
+
+    Ours was set once: a hook that the user sets stays, as it does in python.
+    """
+
+    def set(self) -> None:
+        pass
+
+    def unset(self) -> None:
+        pass
+
+
+class CellCompiler(CachingCompiler):
+    """Names the cells in tracebacks; a client that runs one script gives the name (IPYKERNEL_CELL_NAME)."""
+
+    def get_code_name(self, raw_code, transformed_code, number):
+        return os.environ.get("IPYKERNEL_CELL_NAME") or super().get_code_name(raw_code, transformed_code, number)
+
+
+class MainLoopRunner:
+    """What %autoawait calls "asyncio": cells that await run on the main thread's loop."""
+
+    def __call__(self, coroutine):
+        return ZMQInteractiveShell.instance().interpreter.run_coroutine(coroutine)
+
+    def __str__(self):
+        return "asyncio"
+
+
+main_loop_runner = MainLoopRunner()
+
+
+class ZMQInteractiveShell(InteractiveShell):
+    """IPython with a frontend elsewhere.
+
+    The name is an interface: libraries compare it to tell a notebook kernel from a terminal.
+    """
+
+    interpreter = AnyTrait()
+    kernel = AnyTrait()
+    displayhook_class = Type(ResultHook)
+    display_pub_class = Type(Publisher)
+    compiler_class = Type(CellCompiler)
+    exiter = Instance(ZMQExitAutocall)
+    loop_runner_map = {**InteractiveShell.loop_runner_map, "asyncio": (main_loop_runner, True)}
+    keepkernel_on_exit = None
+    inputhook: Callable | None = None       # for %gui: called with a context, while idle, by kernel.py
+    cell = ""                               # the source of the running cell
+    last_error: dict | None = None          # the latest `error` content of the running cell
+    is_display_broken = False               # an error was shown while a result was being formatted
+
+    @default("exiter")
+    def _default_exiter(self):
+        return ZMQExitAutocall(self)
+
+    @default("loop_runner")
+    def _default_loop_runner(self):
+        return main_loop_runner
+
+    @default("banner1")
+    def _default_banner1(self):
+        return default_banner
+
+    @property
+    def publish(self) -> Callable:
+        return self.interpreter.publish
+
+    # -- IPython's set-up, step by step as it calls them
+
+    def init_environment(self) -> None:
+        # A pager would wait for keys that nobody can send.
+        os.environ["PAGER"] = os.environ["GIT_PAGER"] = "cat"
+
+    def init_virtualenv(self) -> None:
+        pass                                # a kernel runs in the environment that it was installed in
+
+    def init_history(self) -> None:
+        self.history_manager = History(shell=self, parent=self)
+        self.configurables.append(self.history_manager)
+
+    def init_hooks(self) -> None:
+        super().init_hooks()
+        self.set_hook("show_in_pager", page.as_hook(self.page), 99)
+
+    def init_displayhook(self) -> None:
+        super().init_displayhook()
+        self.display_trap = LastingDisplayTrap(hook=self.displayhook)
+
+    def init_magics(self) -> None:
+        super().init_magics()
+        self.register_magics(KernelMagics)
+        self.magics_manager.register_alias("ed", "edit")
+
+    # -- a cell
+
+    def start_cell(self, code: str) -> None:
+        self.cell, self.last_error, self.is_display_broken = code, None, False
+
+    @contextlib.contextmanager
+    def _tee(self, channel):
+        # IPython 9 keeps a copy of all that a cell prints, for %notebook, by replacing sys.stdout.write:
+        # memory without bound, and an error where sys.stdout has no settable attributes.
+        yield
+
+    async def run_code(self, code_obj, result=None, *, async_=False):
+        """Run one statement of a cell; True if it raised.
+
+        Differs from IPython's in that sys.excepthook is left alone: a hook that the user sets stays set, and is
+        called with what a cell raises, as python's prompt does.
+        """
+        __tracebackhide__ = "__ipython_bottom__"       # frames above this one are not the user's
+        try:
+            if async_:
+                await eval(code_obj, self.user_global_ns, self.user_ns)
+            else:
+                exec(code_obj, self.user_global_ns, self.user_ns)
+            return False
+        except BaseException as error:
+            interruption = self.interpreter._interruption
+            if interruption is not None and type(error).__name__ == "CancelledError":
+                # We cancelled the cell because of this; told at the line that was waiting.
+                error = interruption.with_traceback(error.__traceback__)
+            if result is not None:
+                result.error_in_exec = error
+            self._show_error(error)
+            return True
+
+    def _show_error(self, error: BaseException) -> None:
+        found = type(error), error, error.__traceback__
+        if isinstance(error, SystemExit):
+            self.showtraceback(found, exception_only=True)
+            print("To end the kernel, use exit or quit.", file=sys.stderr)
+        elif type(error).__name__ == "BdbQuit":
+            pass                                       # the user left the debugger
+        elif isinstance(error, self.custom_exceptions):
+            self.CustomTB(*found)
+        elif sys.excepthook != self.excepthook:
+            try:
+                sys.excepthook(*found[:2], error.__traceback__ and error.__traceback__.tb_next)
+            except BaseException:
+                print("Error in sys.excepthook:", file=sys.stderr)
+                traceback.print_exc()
+                self.showtraceback(found, running_compiled_code=True)
+        else:
+            self.showtraceback(found, running_compiled_code=True)
+
+    def showtraceback(self, exc_tuple=None, filename=None, tb_offset=None, exception_only=False,
+                      running_compiled_code=False):
+        """Publish an error.  Where IPython prints instead of calling _showtraceback, we publish all the same."""
+        try:
+            etype, value, tb = self._get_exc_info(exc_tuple)
+        except ValueError:
+            return super().showtraceback(exc_tuple, filename, tb_offset, exception_only, running_compiled_code)
+        before, self.last_error = self.last_error, None
+        try:
+            if has_group(value) and not exception_only:
+                skip = 1 if tb_offset is None else tb_offset
+                while skip and tb is not None:
+                    skip, tb = skip - 1, tb.tb_next
+                self._showtraceback(etype, value, traceback.format_exception(etype, value, tb))
+            else:
+                super().showtraceback((etype, value, tb), filename, tb_offset, exception_only, running_compiled_code)
+        except KeyboardInterrupt:
+            pass                            # in the middle of formatting; the short form below must do
+        if self.last_error is None and type(self)._showtraceback == ZMQInteractiveShell._showtraceback \
+                and "_showtraceback" not in self.__dict__:
+            self._showtraceback(etype, value, describe(value)["traceback"])
+        self.last_error = self.last_error or before
+
+    def _showtraceback(self, etype, evalue, stb):
+        flush_streams()
+        self.last_error = {**describe(evalue), "ename": etype.__name__, "traceback": [str(line) for line in stb]}
+        if self.interpreter._is_starting:
+            print("\n".join(self.last_error["traceback"]), file=sys.stderr)
+            return
+        self.is_display_broken = self.displayhook.content is not None or self.is_display_broken
+        self.publish("error", dict(self.last_error))
+
+    def show_usage_error(self, exc) -> None:
+        self._showtraceback(UsageError, exc, ["UsageError: %s" % exc])
+
+    def _format_exception_for_storage(self, exception, filename=None, running_compiled_code=False):
+        # IPython 9 would format the traceback again for this, which is most of the time a failing cell takes.
+        return self.last_error or describe(exception)
+
+    # -- what goes to the frontend beside output
+
+    def page(self, strg, start=0, screen_lines=0, pager_cmd=None) -> None:
+        self.payload_manager.write_payload({
+            "source": "page", "data": strg if isinstance(strg, dict) else {"text/plain": strg}, "start": max(0, start)})
+
+    def set_next_input(self, s, replace=False) -> None:
+        self.payload_manager.write_payload({"source": "set_next_input", "text": s, "replace": replace})
+
+    def ask_exit(self) -> None:
+        self.payload_manager.write_payload({"source": "ask_exit", "keepkernel": bool(self.keepkernel_on_exit)})
+
+    # -- !command, %gui
+
+    def system(self, cmd) -> None:
+        """Run a shell command.  Its output reaches the frontend through descriptors 1 and 2 while it runs; its
+        input is empty, because nobody could type it."""
+        import subprocess
+        cmd = self.var_expand(cmd, depth=1)
+        flush_streams()
+        shell = os.environ.get("SHELL")
+        process = subprocess.Popen(cmd, shell=True, stdin=subprocess.DEVNULL,
+                                   executable=shell if os.name == "posix" and shell and os.path.exists(shell) else None)
+        try:
+            code = process.wait()
+        except BaseException:
+            interrupt_child(process)
+            raise
+        # As in IPython: a status in the shell's manner, 128 and the signal, becomes minus the signal.
+        self.user_ns["_exit_code"] = code = code if code <= 128 else 128 - code
+        if getattr(self, "system_raise_on_error", False) and code:
+            raise subprocess.CalledProcessError(code, cmd)
+
+    system_piped = system_raw = system
+
+    def enable_gui(self, gui=None) -> None:
+        """%gui: an event loop of a toolkit to run while the kernel is idle; kernel.py calls `inputhook`."""
+        if gui in (None, "", "inline", "none", "agg", "asyncio"):
+            self.active_eventloop, self.inputhook = None, None
+            return
+        from IPython.terminal.pt_inputhooks import UnknownBackend, get_inputhook_name_and_func
+        try:
+            self.active_eventloop, self.inputhook = get_inputhook_name_and_func(gui)
+        except (UnknownBackend, ImportError) as error:
+            raise UsageError(str(error)) from error
+
+    # -- parents, under the names that libraries use
+
+    @property
+    def parent_header(self) -> Parent:
+        return self.get_parent()
+
+    def get_parent(self) -> Parent:
+        return as_dict(self.interpreter.current_parent())
+
+    def set_parent(self, parent) -> None:
+        self.interpreter.set_parent(as_message(parent))
+
+    def set_thread_parent(self, parent) -> contextvars.Token:
+        """Pin the output of the calling thread to this request; the result undoes it with reset_thread_parent."""
+        return self.interpreter._parent.set(as_message(parent))
+
+    def reset_thread_parent(self, token: contextvars.Token) -> None:
+        self.interpreter._parent.reset(token)
+
+
+InteractiveShellABC.register(ZMQInteractiveShell)
+
+
+def has_group(error: BaseException | None) -> bool:
+    """Whether the error or what led to it is an exception group, which IPython cannot format."""
+    group = getattr(builtins, "BaseExceptionGroup", ())
+    while error is not None and not isinstance(error, group):
+        error = error.__context__
+    return error is not None
+
+
+def interrupt_child(process) -> None:
+    """End a command whose cell was interrupted.
+
+    Ctrl-C in a terminal reaches every process of the foreground job; we have no terminal, so where the process
+    group is our own the whole group gets the signal: a pipeline ends with it, not only the shell that started it.
+    """
+    if os.name == "posix" and os.getpgrp() == os.getpid():
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            os.killpg(os.getpid(), signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    elif os.name == "posix":
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(0.3)               # time to clean up; commands that ignore the signal are killed
+    except Exception:
+        process.kill()
+        process.wait()
+
+
+@magics_class
+class KernelMagics(Magics):
+    """Magics that a kernel does otherwise than a terminal."""
+
+    @line_magic
+    def edit(self, parameter_s="", last_call=None):
+        """Open an editor in the frontend.
+
+        %edit [-n LINE] [-p] [-r] [TARGET]
+
+        TARGET is a file, a variable, an object whose definition is wanted, or input numbers as in %macro.
+        The frontend is asked to open the file; it is not run afterwards, because we cannot see the editor end.
+        """
+        from IPython.core.magics.code import CodeMagics, MacroToEdit
+        options, args = self.parse_options(parameter_s, "prn:")
+        try:
+            filename, line, _ = CodeMagics._find_edit_target(self.shell, args, options, last_call or ["", ""])
+        except MacroToEdit:
+            print("A macro cannot be edited from here.", file=sys.stderr)
+            return
+        if filename is None:
+            return
+        self.shell.payload_manager.write_payload({
+            "source": "edit_magic", "filename": os.path.abspath(filename),
+            "line_number": int(options.get("n") or line or 0)})
+
+    @line_magic
+    def less(self, arg_s):
+        """Show a file in the frontend's pager; a Python file with colours."""
+        if not arg_s:
+            raise UsageError("%less needs the name of a file")
+        from IPython.utils import openpy
+        if arg_s.endswith(".py"):
+            text = self.shell.pycolorize(openpy.read_py_file(arg_s, skip_encoding_cookie=False))
+        else:
+            with open(arg_s, encoding="utf-8", errors="replace") as file:
+                text = file.read()
+        page.page(text)
+
+    more = line_magic("more")(less)
+
+    @line_magic
+    def man(self, arg_s):
+        """Show a manual page in the frontend's pager."""
+        page.page(self.shell.getoutput("man %s | col -b" % arg_s, split=False))
+
+    @line_magic
+    def clear(self, arg_s):
+        """Clear what the cell has shown."""
+        self.shell.display_pub.clear_output()
+
+    @line_magic
+    def connect_info(self, arg_s):
+        """Show how another frontend attaches to this kernel."""
+        path = self.shell.interpreter.connection_file
+        if path is None:
+            print("This kernel has no connection file.", file=sys.stderr)
+            return
+        with open(path, encoding="utf-8") as file:
+            print(file.read())
+        print("Attach another frontend, on this machine and as the same user, with one of\n"
+              "    python -m %s.frontend --existing %s\n"
+              "    jupyter console --existing %s" % (__package__, path, path))
+
+
+# -- history ---------------------------------------------------------------------------------------
+
+class History(HistoryManager):
+    """IPython's history.sqlite, opened when first needed and written when nobody waits for it.
+
+    IPython opens it at start, lets a thread commit after every cell (the next cell waits for that), and moves
+    a database aside that is only locked.  Here the inputs of cells collect in memory; writeout_cache, called
+    while the kernel is idle, and the history requests open the file.  A file that cannot be used is left as it
+    is: history then stays in memory and that is said once.
+    """
+
+    # Reading and writing may come from main and from a helper thread; never held while user code runs.
+    db_lock: threading.RLock
+    _is_open = False
+    _has_complained = False
+
+    def __init__(self, shell, parent=None, **traits):
+        self.db_lock = threading.RLock()
+        self._pid = os.getpid()
+        # ":memory:" keeps IPython from starting its thread and from renaming files; `path` is the real one.
+        super().__init__(shell=shell, parent=parent, hist_file=":memory:", **traits)
+        wanted = parent.config.HistoryManager.get("hist_file", None) if parent is not None else None
+        self.path = str(wanted or os.path.join(shell.profile_dir.location, "history.sqlite"))
+        self.db_cache_size = sys.maxsize            # nobody waits on the flag that IPython would set
+
+    def init_db(self) -> None:
+        pass                                        # called by IPython at start; `db` opens when first used
+
+    @default("db")
+    def _open(self):
+        import sqlite3
+        self._is_open = True
+        if self.enabled and self.path != ":memory:":
+            try:
+                return self._connect(sqlite3, self.path)
+            except (sqlite3.Error, OSError) as error:
+                self.complain(error)
+        return self._connect(sqlite3, ":memory:")
+
+    def _connect(self, sqlite3, path):
+        db = sqlite3.connect(path, timeout=LOCK_SECONDS, check_same_thread=False,
+                             detect_types=sqlite3.PARSE_DECLTYPES | sqlite3.PARSE_COLNAMES)
+        try:
+            with db:
+                # IPython's tables; its frontends read and write the same file.
+                db.execute("CREATE TABLE IF NOT EXISTS sessions (session integer primary key autoincrement, "
+                           "start timestamp, end timestamp, num_cmds integer, remark text)")
+                db.execute("CREATE TABLE IF NOT EXISTS history (session integer, line integer, source text, "
+                           "source_raw text, PRIMARY KEY (session, line))")
+                db.execute("CREATE TABLE IF NOT EXISTS output_history (session integer, line integer, output text, "
+                           "PRIMARY KEY (session, line))")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def new_session(self, conn=None) -> None:
+        """Number this session: called by IPython at start and by %reset; the row is written with the first input."""
+        self.session_number = 0
+
+    def _start_session(self) -> None:
+        import datetime
+        if self.session_number == 0:
+            with self.db:
+                self.session_number = self.db.execute("INSERT INTO sessions VALUES (NULL, ?, NULL, NULL, '')", (
+                    datetime.datetime.now().isoformat(" "),)).lastrowid
+
+    def writeout_cache(self, conn=None) -> None:
+        """Write what has collected; what cannot be written now, because the file is locked, waits for the next time."""
+        if not self.enabled or os.getpid() != self._pid:      # a forked child leaves the file to its parent
+            return
+        if not self.db_input_cache and not self.db_output_cache:
+            return
+        with self.db_lock:
+            with self.db_input_cache_lock:
+                inputs, self.db_input_cache = self.db_input_cache, []
+            with self.db_output_cache_lock:
+                outputs, self.db_output_cache = self.db_output_cache, []
+            try:
+                self._write(inputs, outputs)
+            except Exception as error:
+                if is_locked(error):
+                    with self.db_input_cache_lock:
+                        self.db_input_cache = inputs + self.db_input_cache
+                    with self.db_output_cache_lock:
+                        self.db_output_cache = outputs + self.db_output_cache
+                else:
+                    self._leave_file(error, inputs, outputs)
+
+    def _write(self, inputs: list, outputs: list) -> None:
+        import sqlite3
+        for attempt in range(2):
+            self._start_session()
+            number = self.session_number
+            try:
+                with self.db:
+                    self.db.executemany("INSERT INTO history VALUES (?, ?, ?, ?)", [(number, *line) for line in inputs])
+                    self.db.executemany("INSERT OR REPLACE INTO output_history VALUES (?, ?, ?)",
+                                        [(number, *line) for line in outputs])
+                return
+            except sqlite3.IntegrityError:
+                self.session_number = 0              # %reset starts counting again: a session of its own
+
+    def _leave_file(self, error: Exception, inputs: list, outputs: list) -> None:
+        import sqlite3
+        self.complain(error)
+        with contextlib.suppress(Exception):
+            self.db.close()
+        self.path = ":memory:"
+        self.db = self._connect(sqlite3, ":memory:")
+        self.session_number = 0
+        with contextlib.suppress(sqlite3.Error):
+            self._write(inputs, outputs)
+
+    def complain(self, error: Exception) -> None:
+        """Say once, where the user sees it, that history is not kept."""
+        if not self._has_complained:
+            self._has_complained = True
+            self.shell.publish("stream", {"name": "stderr", "text":
+                "history file %s: %s; the inputs of this session stay in memory only. Repair the file or move it away.\n"
+                % (self.path, error)})
+
+    def get_range(self, session=0, start=1, stop=None, raw=True, output=False):
+        if session < 0:                              # counted back from ours, which must have a number for that
+            with self.db_lock, contextlib.suppress(Exception):
+                self._start_session()
+        return super().get_range(session, start, stop, raw, output)
+
+    def get_session_info(self, session=0):
+        if session <= 0:
+            with self.db_lock, contextlib.suppress(Exception):
+                self._start_session()
+        return super().get_session_info(session)
+
+    def end_session(self) -> None:
+        """Write the rest and close the session's row; waits longer for a lock, this is the last time."""
+        import datetime
+        if os.getpid() != self._pid or not (self._is_open or self.db_input_cache):
+            return
+        try:
+            with self.db_lock:
+                self.db.execute("PRAGMA busy_timeout = %d" % (1000 * LAST_LOCK_SECONDS))
+                self.writeout_cache()
+                if self.session_number:
+                    with self.db:
+                        self.db.execute("UPDATE sessions SET end=?, num_cmds=? WHERE session==?", (
+                            datetime.datetime.now().isoformat(" "), len(self.input_hist_parsed) - 1,
+                            self.session_number))
+                if self.db_input_cache:
+                    raise TimeoutError("locked by another process for %d s" % LAST_LOCK_SECONDS)
+        except Exception as error:                   # the end of the kernel does not depend on it
+            self.complain(error)
+        self.session_number = 0
+
+
+def is_locked(error: Exception) -> bool:
+    return type(error).__name__ == "OperationalError" and any(word in str(error) for word in ("locked", "busy"))
+
+
+# -- comms -----------------------------------------------------------------------------------------
+
+class Comm:
+    """One end of a comm, with the methods and arguments that the comm package gives its comms."""
+
+    def __init__(self, target_name="comm", data=None, metadata=None, buffers=None, comm_id=None, primary=True,
+                 target_module=None, topic=None, *, manager=None, _open_data=None, _close_data=None, **others):
+        self.target_name, self.target_module, self.topic = target_name, target_module, topic
+        self.comm_id = comm_id or uuid.uuid4().hex
+        self.primary = primary
+        self._manager = manager or ZMQInteractiveShell.instance().interpreter.comm_manager
+        self._open_data, self._close_data = _open_data or {}, _close_data or {}
+        self._msg_callback: Callable | None = None
+        self._close_callback: Callable | None = None
+        self._closed = primary
+        if primary:
+            self.open(data, metadata, buffers)
+
+    def publish_msg(self, msg_type, data=None, metadata=None, buffers=None, **fields) -> None:
+        content = {"data": {} if data is None else data, "comm_id": self.comm_id, **fields}
+        self._manager.interpreter.publish(msg_type, content, metadata=metadata or {}, buffers=list(buffers or ()))
+
+    def open(self, data=None, metadata=None, buffers=None) -> None:
+        self._manager.register_comm(self)
+        try:
+            self.publish_msg("comm_open", self._open_data if data is None else data, metadata, buffers,
+                             target_name=self.target_name, target_module=self.target_module)
+        except BaseException:
+            self._manager.unregister_comm(self)
+            raise
+        self._closed = False
+
+    def send(self, data=None, metadata=None, buffers=None) -> None:
+        self.publish_msg("comm_msg", data, metadata, buffers)
+
+    def close(self, data=None, metadata=None, buffers=None, deleting=False) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.publish_msg("comm_close", self._close_data if data is None else data, metadata, buffers)
+        self._manager.comms.pop(self.comm_id, None)
+
+    def __del__(self):
+        with contextlib.suppress(Exception):        # at the end of the interpreter anything may be gone
+            self.close(deleting=True)
+
+    def on_msg(self, callback) -> None:
+        self._msg_callback = callback
+
+    def on_close(self, callback) -> None:
+        self._close_callback = callback
+
+    def handle_msg(self, msg) -> None:
+        if self._msg_callback is not None:
+            # A callback is a small cell: figures it drew are shown by who listens to these events.
+            events = self._manager.interpreter.shell.events
+            events.trigger("pre_execute")
+            self._msg_callback(msg)
+            events.trigger("post_execute")
+
+    def handle_close(self, msg) -> None:
+        if self._close_callback is not None:
+            self._close_callback(msg)
+
+
+class CommManager:
+    """All open comms, and the targets that a frontend may open one to."""
+
+    def __init__(self, interpreter: Interpreter):
+        self.interpreter = interpreter
+        self.comms: dict[str, Comm] = {}
+        self.targets: dict[str, Callable] = {}
+
+    def register_target(self, target_name, f) -> None:
+        """f(comm, msg) is called when a frontend opens a comm to this target; or the dotted name of such a function."""
+        if isinstance(f, str):
+            from importlib import import_module
+            module, _, name = f.rpartition(".")
+            f = getattr(import_module(module), name) if module else import_module(name)
+        self.targets[target_name] = f
+
+    def unregister_target(self, target_name, f=None) -> Callable:
+        return self.targets.pop(target_name)
+
+    def register_comm(self, comm) -> str:
+        self.comms[comm.comm_id] = comm
+        return comm.comm_id
+
+    def unregister_comm(self, comm) -> None:
+        self.comms.pop(comm.comm_id)
+
+    def get_comm(self, comm_id):
+        return self.comms.get(comm_id)
+
+    # -- messages from a frontend; errors of callbacks go to the caller
+
+    def comm_open(self, stream, ident, msg) -> None:
+        content = msg["content"]
+        target = self.targets.get(content["target_name"])
+        comm = Comm(content["target_name"], comm_id=content["comm_id"], primary=False, manager=self)
+        self.register_comm(comm)
+        try:
+            if target is not None:
+                target(comm, msg)
+        except BaseException:
+            comm.close()
+            raise
+        if target is None:
+            comm.close()                            # tells the other side that nobody is here
+
+    def comm_msg(self, stream, ident, msg) -> None:
+        comm = self.comms.get(msg["content"]["comm_id"])
+        if comm is not None:
+            comm.handle_msg(msg)
+
+    def comm_close(self, stream, ident, msg) -> None:
+        comm = self.comms.pop(msg["content"]["comm_id"], None)
+        if comm is not None:
+            comm._closed = True
+            comm.handle_close(msg)
+
+
+# -- configuration ---------------------------------------------------------------------------------
+
+def find_profile(folder: str | None) -> ProfileDir:
+    """The profile to use; a fresh one in a temporary folder if none can be made where it belongs."""
+    try:
+        if folder is not None:
+            os.makedirs(folder, exist_ok=True)
+            return ProfileDir(location=os.path.abspath(folder))
+        return ProfileDir.create_profile_dir_by_name(get_ipython_dir(), "default")
+    except Exception as error:
+        import tempfile
+        print("IPython profile %s: %s; using an empty one" % (folder or "default", error), file=sys.stderr)
+        return ProfileDir(location=tempfile.mkdtemp(prefix="twoproc-profile-"))
+
+
+def load_config_files(profile: ProfileDir) -> Config:
+    """ipython_config and ipython_kernel_config of the system, the environment and the profile, later ones winning."""
+    config = Config()
+    for folder in [*reversed(SYSTEM_CONFIG_DIRS), *reversed(ENV_CONFIG_DIRS), profile.location]:
+        for name in ("ipython_config", "ipython_kernel_config"):
+            for loader, ending in ((PyFileConfigLoader, ".py"), (JSONFileConfigLoader, ".json")):
+                path = os.path.join(folder, name + ending)
+                if not os.path.exists(path):
+                    continue
+                try:
+                    config.merge(loader(name + ending, path=folder).load_config())
+                except ConfigFileNotFound:
+                    pass
+                except (Exception, SystemExit):      # user code
+                    traceback.print_exc()
+                    print("configuration file %s: not used, because of the error above" % path, file=sys.stderr)
+    return config
+
+
+class IPKernelApp(InteractiveShellApp):
+    """IPython's start-up steps: sys.path, extensions, exec_lines, startup files.
+
+    Named so that both sections that configuration files may have for it, InteractiveShellApp and
+    IPKernelApp, apply.
+    """
+
+    profile_dir = AnyTrait()
+    log = log
+    extra_args: list = []
+
+    @property
+    def ipython_dir(self) -> str:
+        return get_ipython_dir()
+
+    def run(self) -> None:
+        for step in (self.init_path, self.init_gui_pylab, self.init_extensions, self.init_code):
+            try:
+                step()
+            except (Exception, SystemExit):          # user code: a kernel starts in spite of it
+                traceback.print_exc()
