@@ -109,10 +109,14 @@ class Mailbox:
             self.silence()
         return self._items.popleft()
 
+    def put_back(self, items: Iterable) -> None:
+        """Put items in front of all others, in their order."""
+        self._items.extendleft(reversed(list(items)))
+
     def take(self, is_wanted: Callable[[Any], bool]) -> list:
         """Remove and return all items that are wanted, in order; the others keep theirs."""
         everything = [self._items.popleft() for _ in range(len(self._items))]
-        self._items.extendleft(reversed([item for item in everything if not is_wanted(item)]))
+        self.put_back([item for item in everything if not is_wanted(item)])
         return [item for item in everything if is_wanted(item)]
 
     def close(self) -> None:
@@ -184,7 +188,8 @@ class KernelChannels:
         self.on_message: Callable[[str, Message], None] = lambda channel, message: None
         self.on_bad_message: Callable[[str, BadMessage], None] = lambda channel, error: None
         self.on_tick: Callable[[], float | None] = lambda: None
-        self.busy_parent: bytes | None = None       # the running cell's header; see _republish_busy
+        self.busy_parent: bytes | None = None       # the running cell's header; see _settle
+        self.subscribers = 0                        # subscriptions to iopub: one for each usual client
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket] = {}
         try:
@@ -215,7 +220,7 @@ class KernelChannels:
         if channel == "iopub":
             sock.setsockopt(zmq.SNDHWM, self.limits.iopub_queue)
             sock.setsockopt(zmq.XPUB_NODROP, 1)
-            sock.setsockopt(zmq.XPUB_VERBOSE, 1)    # each subscriber is welcomed, not the first of each topic
+            sock.setsockopt(zmq.XPUB_VERBOSER, 1)   # each subscriber is seen to come and go, not each topic
         else:
             sock.setsockopt(zmq.SNDHWM, 100_000)    # replies a client has yet to read
         if info.curve_secretkey and info.curve_publickey:
@@ -267,8 +272,11 @@ class KernelChannels:
         self._make_room(len(text))
         self.outbox.put(Text(name, text, parent))
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Have twoproc-io call `function` when everything queued before has been sent."""
+    def call(self, function: Callable[[], list | None]) -> None:
+        """Have twoproc-io call `function` when everything queued before has been sent.
+
+        What it returns, entries for the outbox, goes in front of everything that was queued after it.
+        """
         self.outbox.put(function)
 
     def _make_room(self, size: int) -> None:
@@ -352,18 +360,21 @@ class KernelChannels:
                 continue
             try:
                 message = self.session.deserialize(frames)
+                self.on_message(channel, message)
             except BadMessage as error:
-                logger.warning("%s: %s", channel, error)
                 self.on_bad_message(channel, error)
             except MessageError as error:
                 logger.warning("%s: %s", channel, error)
-            else:
-                self.on_message(channel, message)
+            except Exception:       # a fault of ours costs this message its answer, not everybody the kernel
+                logger.exception("%s: a message could not be handled", channel)
         return True
 
     def _welcome(self, frame: bytes) -> None:
         """A subscription came (1 and the topic) or went (0): JEP 65, iopub_welcome."""
-        if frame[:1] == b"\x01":
+        if frame[:1] == b"\x00":
+            self.subscribers -= 1
+        elif frame[:1] == b"\x01":
+            self.subscribers += 1
             topic = frame[1:]
             content = encode({"subscription": topic.decode("utf-8", "replace")})
             self._publish("iopub_welcome", content, b"{}", None, (), topic or b"iopub_welcome")
@@ -391,7 +402,7 @@ class KernelChannels:
                     frames = self.session.serialize(entry.msg_type, entry.content, entry.parent)
                     self._send(self._sockets[entry.channel], [*entry.identities, *frames])
             else:
-                entry()
+                outbox.put_back(entry() or ())
 
     def _publish_text(self, first: Text) -> None:
         """Publish this text and the neighbours it can be joined with, at most stream_chunk characters a message."""
@@ -408,8 +419,8 @@ class KernelChannels:
         self._sent_bytes += size + 64 * count
         text = "".join(parts)
         if size > limit:
-            entries.extendleft(Text(first.name, text[at:at + limit], first.parent)
-                               for at in reversed(range(limit, size, limit)))
+            self.outbox.put_back([Text(first.name, text[at:at + limit], first.parent)
+                                  for at in range(limit, size, limit)])
             self._put_bytes += size - limit + 64 * (size // limit)
             text = text[:limit]
         self._publish("stream", encode({"name": first.name, "text": text}), first.parent, None, ())

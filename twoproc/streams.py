@@ -187,6 +187,7 @@ class DescriptorCapture:
 
     def start(self) -> io.TextIOBase:
         """Redirect; returns the stderr there was, for the process's own log."""
+        import fcntl            # not on Windows, where a kernel runs without this capture
         for descriptor in (0, 1, 2):
             try:
                 self._saved[descriptor] = os.dup(descriptor)
@@ -199,16 +200,11 @@ class DescriptorCapture:
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             file, path = tempfile.mkstemp(prefix="twoproc-")
             os.unlink(path)
-            os.close(file) if not hasattr(os, "O_APPEND") else self._reopen_appending(file)
+            # Two processes that write at their own offsets would overwrite each other.
+            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
             self._files[name] = file
             os.dup2(file, descriptor)
         return os.fdopen(os.dup(self._saved[2]), "w", errors="backslashreplace", buffering=1)
-
-    @staticmethod
-    def _reopen_appending(file: int) -> None:
-        # Two processes that write at their own offsets would overwrite each other.
-        import fcntl
-        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
 
     def stop(self) -> None:
         for descriptor, saved in self._saved.items():

@@ -1,0 +1,755 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""The kernel: a process that runs the code its clients send and tells everybody what comes of it.
+
+    python -m twoproc.kernel                    a kernel of its own, with a name to join it by
+    python -m twoproc.kernel -f FILE            the kernel of a Jupyter manager
+
+Every request of the messaging specification has one handler here, named after it.  They are grouped by the
+thread that runs them, which is also what a client feels:
+
+    main            the user's code: execute_request and comms, one after another
+    twoproc-helper  what may take a moment but need not wait for a cell: completion, inspection, history
+    twoproc-io      what is answered at once, whatever the cell does: kernel_info, interrupt, shutdown
+
+Sockets are channels.py's, the interpreter is shell.py's.  Here is who does what when, and how it ends.
+Read session.py and channels.py before, shell.py after.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Callable
+
+from . import __version__, config, connection
+from .channels import KernelChannels, Limits, Text, own_thread
+from .session import MESSAGES, PROTOCOL_VERSION, BadMessage, Message, check_request
+from .streams import DescriptorCapture, InStream, OutStream, has_children, set_forked
+
+if TYPE_CHECKING:
+    from .shell import Interpreter
+
+logger = logging.getLogger(__package__)
+
+GRACE = 1.0                     # seconds a running cell has to end when the kernel is told to
+EXIT_USAGE = 2
+NO_INPUT = "this frontend did not offer to answer input(): its request had allow_stdin false"
+
+
+class Kernel:
+    """One kernel in one process; `run` belongs to the main thread and returns the exit status.
+
+    Written by main, read by the others: `running`, the message that main works on; None while it waits.
+    Written once by whoever is first: `ending`, why the kernel ends.
+    """
+
+    def __init__(self, channels: KernelChannels, completion_seconds: float = 1.0, orphan_timeout: float = 0,
+                 parent_pid: int = 0):
+        self.channels = channels
+        self.running: Message | None = None
+        self.ending: str | None = None
+        self.exit_status = 0
+        self.is_restart = False
+        self.capture = DescriptorCapture()
+        self.interpreter: Interpreter | None = None
+        self._helpers = Helpers(self, completion_seconds)
+        self._orphan_timeout = orphan_timeout
+        self._parent_pid = parent_pid
+        self._alone_since = time.monotonic()
+        self._end_at: float | None = None
+        self._input_replies: SimpleQueue[str] = SimpleQueue()
+        self._asking: Message | None = None         # the question that an input_reply may answer
+        self._runs_user_code = False
+        self._cell_sigint: Any = signal.default_int_handler
+        self._process = os.getpid()
+        self._leads_group = hasattr(os, "getpgrp") and os.getpgrp() == os.getpid()
+        channels.on_message = self.on_message
+        channels.on_bad_message = self.on_bad_message
+        channels.on_tick = self.on_tick
+
+    # -- run by twoproc-io: must not wait
+
+    def on_message(self, channel: str, message: Message) -> None:
+        """Everything verified that a client sends comes through here and goes to the thread that handles it."""
+        kind = message.msg_type
+        if channel == "stdin":
+            self.input_reply(message)
+            return
+        if kind not in MESSAGES or MESSAGES[kind].fields is None:
+            logger.warning("%s: unknown message type %.60r", channel, kind)
+            with self.answering(message):
+                pass
+            return
+        message = message._replace(content=check_request(message, channel))
+        if kind in self.AT_ONCE:
+            with self.answering(message):
+                self.AT_ONCE[kind](self, channel, message)
+        elif kind in self.BY_HELPER:
+            self._helpers.submit(message)
+        else:
+            self.channels.requests.put(message)
+            if kind != "execute_request" and self.interpreter is not None:
+                # A cell that awaits the answer of a widget gets it from its own loop.
+                self.interpreter.call_in_running_loop(self.handle_comms)
+
+    def on_bad_message(self, channel: str, error: BadMessage) -> None:
+        """An honest client with a bug must not wait for ever: an error reply, and idle."""
+        logger.warning("%s: %s", channel, error)
+        message = error.message
+        kind = MESSAGES.get(message.msg_type)
+        if channel == "stdin":
+            return
+        with self.answering(message):
+            if kind is not None and kind.reply is not None:
+                content: dict[str, Any] = {"status": "error", "ename": "BadMessage", "evalue": str(error),
+                                           "traceback": ["BadMessage: %s" % error]}
+                if kind.reply == "execute_reply":
+                    content["execution_count"] = self.execution_count
+                self.reply(message, kind.reply, content, channel)
+
+    def kernel_info_request(self, channel: str, message: Message) -> None:
+        content = kernel_info()
+        if channel == "control":
+            self.channels.reply_now(channel, message, "kernel_info_reply", content)
+        else:
+            self.reply(message, "kernel_info_reply", content)
+
+    def connect_request(self, channel: str, message: Message) -> None:
+        ports = {name + "_port": self.channels.info.port(name) for name in connection.CHANNELS}
+        self.reply(message, "connect_reply", {"status": "ok", **ports}, channel)
+
+    def interrupt_request(self, channel: str, message: Message) -> None:
+        self.interrupt()
+        self.channels.reply_now(channel, message, "interrupt_reply", {"status": "ok"})
+
+    def shutdown_request(self, channel: str, message: Message) -> None:
+        content = {"status": "ok", "restart": message.content["restart"]}
+        self.channels.reply_now(channel, message, "shutdown_reply", content)
+        self.channels.send("iopub", "shutdown_reply", content, message.header_bytes)
+        self.is_restart = message.content["restart"]
+        self.end("restart" if self.is_restart else "shutdown")
+
+    def input_reply(self, message: Message) -> None:
+        """Accepted from the client that was asked, for the question that is open.
+
+        Stock clients leave the parent header empty; one that is there must name the question.
+        """
+        asking = self._asking
+        value = message.content.get("value")
+        parent = message.parent_header.get("msg_id")
+        if message.msg_type != "input_reply" or not isinstance(value, str):
+            logger.warning("stdin: %.60s without a string as value", message.msg_type)
+        elif asking is None or message.identities[:1] != asking.identities[:1] or parent not in (None, asking.msg_id):
+            logger.warning("stdin: an input_reply that nobody was asked for")
+        else:
+            self._asking = None
+            self._input_replies.put(value)
+
+    AT_ONCE: dict[str, Callable[..., None]] = {
+        "kernel_info_request": kernel_info_request, "connect_request": connect_request,
+        "interrupt_request": interrupt_request, "shutdown_request": shutdown_request}
+
+    def interrupt(self) -> None:
+        """KeyboardInterrupt for the user's code, SIGINT for its children in our process group, as in a terminal.
+
+        pthread_kill, not _thread.interrupt_main: only a signal ends a system call of the main thread.
+        """
+        if not self._runs_user_code:
+            return
+        if self._leads_group:
+            os.killpg(0, signal.SIGINT)
+        elif hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        else:
+            signal.raise_signal(signal.SIGINT)
+
+    def end(self, why: str, status: int = 0) -> None:
+        """Have the kernel end: at once if idle, after the running cell was interrupted, or after GRACE."""
+        if self.ending is None:
+            self.exit_status = status
+            self.ending = why
+            self._end_at = time.monotonic() + GRACE
+            self.channels.requests.put(None)
+            self.interrupt()
+
+    def on_tick(self) -> float | None:
+        """Called before twoproc-io waits; returns the longest it may, in seconds, None for ever."""
+        now = time.monotonic()
+        waits = [self._helpers.expire(now)]
+        if self._end_at is not None:
+            if now > self._end_at:
+                self._end_hard()
+            waits.append(self._end_at - now + 0.01)
+        if self.running is not None:
+            if self.capture.has_grown():
+                self.channels.call(functools.partial(self._read_capture, None))
+            waits.append(0.02)
+        elif self.capture.has_grown():
+            self.channels.call(functools.partial(self._read_capture, None))
+        elif has_children():
+            waits.append(0.1)       # a background process that may write something
+        else:
+            self.capture.shrink()
+        if self._parent_pid and os.getppid() != self._parent_pid:
+            self.end("its parent, process %d, has ended" % self._parent_pid)
+        elif self._parent_pid:
+            waits.append(1.0)       # only where there is no pidfd to watch
+        if self._orphan_timeout:
+            if self.channels.subscribers or self.running is not None:
+                self._alone_since = now
+            elif now - self._alone_since > self._orphan_timeout:
+                self.end("nobody was connected for %.0f s" % self._orphan_timeout)
+            waits.append(max(0.0, self._alone_since + self._orphan_timeout - now) + 0.1)
+        return min((seconds for seconds in waits if seconds is not None), default=None)
+
+    def watch_parent(self, pid: int) -> None:
+        """End when the process that started us does; before the channels start."""
+        try:
+            descriptor = os.pidfd_open(pid)         # it wakes poll(): nothing to look at once a second
+        except ProcessLookupError:
+            if os.getppid() == 1:
+                self.end("its parent, process %d, has ended" % pid)
+            return              # a process number of another container: then there is nothing to watch
+        except (AttributeError, OSError):
+            self._parent_pid = os.getppid() if os.getppid() != 1 else 0
+            return
+        self.channels.watch(descriptor, lambda: self.end("its parent, process %d, has ended" % pid))
+
+    def _end_hard(self) -> None:
+        """The cell did not react to its interrupt: go without it."""
+        logger.warning("ending (%s) although a cell still runs", self.ending)
+        self._end_at = None
+        own_thread("twoproc-end", lambda: self.finish(is_hard=True))
+
+    def _read_capture(self, parent: bytes | None) -> list:
+        """Entries for the front of the outbox: what was written to the descriptors until now."""
+        header = self.parent_bytes() if parent is None else parent
+        entries: list = [Text(name, text, header) for name, text in self.capture.read()]
+        if entries and self.capture.has_grown():
+            entries.append(functools.partial(self._read_capture, header))
+        return entries
+
+    # -- run by any thread
+
+    @contextlib.contextmanager
+    def answering(self, message: Message):  # type: ignore[no-untyped-def]
+        """busy, then whatever the handler says, then idle: around every request but a cell."""
+        self.status("busy", message)
+        yield
+        self.status("idle", message)
+        running = self.running
+        if running is not None and running is not message:
+            # A client may read any idle as "the kernel is idle"; the cell that runs says otherwise.
+            self.status("busy", running)
+
+    def status(self, state: str, message: Message) -> None:
+        self.channels.send("iopub", "status", b'{"execution_state":"%s"}' % state.encode(), message.header_bytes)
+
+    def reply(self, message: Message, msg_type: str, content: dict, channel: str = "shell") -> None:
+        self.channels.send(channel, msg_type, content, message.header_bytes, identities=message.identities)
+
+    def publish(self, msg_type: str, content: dict, metadata: dict | None = None, buffers: Any = (),
+                parent: Message | None = None) -> None:
+        """Tell everybody; the parent is the cell that the calling thread works for."""
+        header = self.parent_bytes() if parent is None else parent.header_bytes
+        self.channels.send("iopub", msg_type, content, header, metadata, buffers or ())
+
+    def parent_bytes(self) -> bytes:
+        parent = self.interpreter.current_parent() if self.interpreter is not None else self.running
+        return b"{}" if parent is None else parent.header_bytes
+
+    def write_stream(self, name: str, text: str) -> None:
+        self.channels.write(name, text, self.parent_bytes())
+
+    def before_write(self) -> None:
+        """Python is about to write: what a child wrote before belongs in front of it."""
+        if self.capture.has_grown():
+            self.channels.call(functools.partial(self._read_capture, self.parent_bytes()))
+
+    @property
+    def execution_count(self) -> int:
+        return self.interpreter.execution_count if self.interpreter is not None else 0
+
+    # -- run by twoproc-helper
+
+    def answer(self, message: Message) -> dict:
+        """The content of the reply to a request that looks at the interpreter and changes nothing."""
+        return self.BY_HELPER[message.msg_type](self.interpreter, message.content)
+
+    BY_HELPER: dict[str, Callable[[Any, dict], dict]] = {
+        "complete_request": lambda shell, content: shell.complete(content["code"], content["cursor_pos"]),
+        "inspect_request": lambda shell, content: shell.inspect(
+            content["code"], content["cursor_pos"], content["detail_level"]),
+        "is_complete_request": lambda shell, content: shell.is_complete(content["code"]),
+        "history_request": lambda shell, content: shell.history(content),
+        "comm_info_request": lambda shell, content: shell.comm_info(content["target_name"])}
+
+    # -- run by main
+
+    def run(self, make_interpreter: Callable[[Kernel], Interpreter]) -> int:
+        """Serve until told to end; returns the exit status.  The channels are already started."""
+        self.interpreter = make_interpreter(self)
+        self._helpers.start()
+        while self.ending is None:
+            message = self._next_request()
+            if message is None:
+                continue
+            if message.msg_type == "execute_request":
+                self.execute_request(message)
+            else:
+                self.comm(message)
+            if os.getpid() != self._process:
+                self._end_child()
+        return self.exit_status
+
+    def _next_request(self) -> Message | None:
+        """The next cell or comm message; None when there is another reason to look around."""
+        assert self.interpreter is not None
+        requests = self.channels.requests
+        if not requests:
+            if self.interpreter.inputhook is not None or self.interpreter.has_pending_tasks():
+                with contextlib.suppress(KeyboardInterrupt):
+                    self.run_user_code(lambda: self.interpreter.wait_for(requests))     # type: ignore[union-attr]
+                requests.silence()
+            else:
+                try:
+                    return requests.get(timeout=1.0 if self.interpreter.has_unwritten_history() else None)
+                except Empty:
+                    self.interpreter.write_history()
+                    return None
+        try:
+            return requests.pop()
+        except Empty:
+            return None
+
+    def execute_request(self, message: Message) -> None:
+        """Run a cell.  Source: messaging specification, "Execute"."""
+        assert self.interpreter is not None
+        content = message.content
+        self.running = message
+        self.channels.busy_parent = message.header_bytes
+        self.interpreter.set_parent(message)
+        self.status("busy", message)
+        if not content["silent"]:
+            self.publish("execute_input", {"code": content["code"], "execution_count": self.execution_count},
+                         parent=message)
+        reply = self.interpreter.execute(
+            content["code"], content["silent"], content["store_history"] and not content["silent"],
+            content["user_expressions"], message.metadata.get("cellId"), self.run_user_code)
+        self._asking = None
+        if os.getpid() != self._process:
+            return
+        self.channels.call(functools.partial(self._read_capture, message.header_bytes))
+        self.running = None
+        self.channels.busy_parent = None
+        if reply["status"] == "error" and content["stop_on_error"] and not content["silent"]:
+            self._reply_and_abort(message, reply)
+        else:
+            self.reply(message, "execute_reply", reply)
+            self.status("idle", message)
+        if any(payload.get("source") == "ask_exit" and not payload.get("keepkernel")
+               for payload in reply.get("payload", ())):
+            self._end_if_alone()
+
+    def run_user_code(self, function: Callable[[], Any]) -> Any:
+        """Call `function`; while it runs, and only then, SIGINT is KeyboardInterrupt in the main thread.
+
+        signal.default_int_handler, not a function of ours: its frame would stand in every traceback, and
+        asyncio.run() handles Ctrl-C itself only where it finds this very handler.  A handler that the
+        user's code installs is kept for the following cells.
+        """
+        if self._runs_user_code:
+            return function()
+        try:
+            self._runs_user_code = True
+            signal.signal(signal.SIGINT, self._cell_sigint)
+            if self.ending is not None:
+                raise KeyboardInterrupt
+            return function()
+        finally:
+            # Ctrl-C may strike between these lines too; the second attempt is then undisturbed.
+            while self._runs_user_code:
+                with contextlib.suppress(KeyboardInterrupt):
+                    self._cell_sigint = signal.signal(signal.SIGINT, drop_sigint) or signal.SIG_DFL
+                    if self._cell_sigint is drop_sigint:
+                        self._cell_sigint = signal.default_int_handler
+                    self._runs_user_code = False
+
+    def ask(self, prompt: str, password: bool) -> str:
+        """input(): ask the client that sent the running cell, and wait for its answer.
+
+        Raises EOFError when that client answers with an end of file or cannot be asked, KeyboardInterrupt.
+        """
+        message = self.running
+        if message is None or not message.content.get("allow_stdin"):
+            from .shell import StdinNotImplementedError
+            raise StdinNotImplementedError(NO_INPUT)
+        with contextlib.suppress(Empty):
+            while True:
+                self._input_replies.get_nowait()
+        self._asking = message
+        self.before_write()
+        self.channels.send("stdin", "input_request", {"prompt": prompt, "password": password}, message.header_bytes,
+                           identities=message.identities)
+        try:
+            value = self._input_replies.get()
+        finally:
+            self._asking = None
+        if value == "\x04":
+            raise EOFError
+        return value
+
+    def _reply_and_abort(self, message: Message, reply: dict) -> None:
+        """Send the error reply, and answer `aborted` what its client had sent before it could know.
+
+        twoproc-io does both in one go: first it takes in what has arrived, then it replies; whatever this
+        client sends after reading the reply comes later and runs.  Other clients' requests stay.
+        """
+        done: SimpleQueue[None] = SimpleQueue()
+
+        def abort() -> None:
+            self.channels.receive_shell()
+            queued = self.channels.requests.take(
+                lambda other: other is not None and other.msg_type == "execute_request"
+                and other.identities[:1] == message.identities[:1])
+            self.reply(message, "execute_reply", reply)
+            self.status("idle", message)
+            for other in queued:
+                with self.answering(other):
+                    self.reply(other, "execute_reply", {"status": "aborted"})
+            done.put(None)
+        self.channels.call(abort)
+        done.get()
+
+    def handle_comms(self) -> None:
+        """Called by the running loop of a cell: the comm messages that came meanwhile, and nothing else."""
+        for message in self.channels.requests.take(
+                lambda other: other is not None and other.msg_type != "execute_request"):
+            self.comm(message)
+
+    def comm(self, message: Message) -> None:
+        """comm_open, comm_msg, comm_close.  A handler of theirs is the user's code."""
+        assert self.interpreter is not None
+        before = self.interpreter.current_parent()
+        self.interpreter.set_parent(message)
+        with self.answering(message):
+            handle = getattr(self.interpreter, message.msg_type)
+            with contextlib.suppress(KeyboardInterrupt):
+                self.run_user_code(lambda: handle(message))
+            self.channels.call(functools.partial(self._read_capture, message.header_bytes))
+        if self.running is not None and before is not None:
+            self.interpreter.set_parent(before)
+
+    def _end_if_alone(self) -> None:
+        """`exit` in a cell ends the kernel unless somebody else watches it too."""
+        if self.channels.subscribers <= 1:
+            self.end("exit in a cell")
+
+    def in_child(self) -> None:
+        """In a child of fork: keep nothing that is the kernel's."""
+        set_forked()
+        self.channels.close_in_child()
+
+    def _end_child(self) -> None:
+        """A child of fork fell out of its cell: it must not go on as a second kernel."""
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(0)
+
+    def finish(self, is_hard: bool = False) -> None:
+        """Say goodbye and end the process; is_hard: another thread does it, main is stuck in a cell."""
+        logger.info("ending: %s", self.ending)
+        if self.interpreter is not None:
+            self.interpreter.close(is_hard)
+        self.channels.call(functools.partial(self._read_capture, None))
+        if is_hard and self.running is not None:
+            self.channels.busy_parent = None
+            self.status("idle", self.running)
+        self.channels.stop(seconds=0.5 if is_hard else 1.0)
+
+
+class Helpers:
+    """Threads `twoproc-helper` that answer what may run the user's code for a while: a slow __dir__, a getter.
+
+    One works, in order.  A request that is not answered in time gets an empty reply from twoproc-io, and when
+    the thread is stuck in it another takes over, up to LIMIT; the late result is dropped.
+    """
+
+    LIMIT = 4
+    EMPTY: dict[str, Callable[[dict], dict]] = {
+        "complete_request": lambda content: {"status": "ok", "matches": [], "cursor_start": content["cursor_pos"],
+                                             "cursor_end": content["cursor_pos"], "metadata": {}},
+        "inspect_request": lambda content: {"status": "ok", "found": False, "data": {}, "metadata": {}},
+        "is_complete_request": lambda content: {"status": "unknown"},
+        "history_request": lambda content: {"status": "ok", "history": []},
+        "comm_info_request": lambda content: {"status": "ok", "comms": {}}}
+
+    def __init__(self, kernel: Kernel, seconds: float):
+        self._kernel, self._seconds = kernel, seconds
+        self._tasks: SimpleQueue[Task] = SimpleQueue()
+        self._waiting: list[Task] = []      # twoproc-io's: not yet known to be answered, oldest first
+        self._threads = 0
+        self._ready = False
+
+    # -- run by main
+    def start(self) -> None:
+        """The interpreter is there: from now on the clock of each request runs."""
+        self._ready = True
+        now = time.monotonic()
+        for task in list(self._waiting):
+            task.deadline = now + self._seconds
+        self._add_thread()
+
+    def _add_thread(self) -> None:
+        self._threads += 1
+        own_thread("twoproc-helper", self._run)
+
+    # -- run by twoproc-io
+    def submit(self, message: Message) -> None:
+        task = Task(message, time.monotonic() + self._seconds)
+        self._kernel.status("busy", message)
+        self._waiting.append(task)
+        self._tasks.put(task)
+
+    def expire(self, now: float) -> float | None:
+        """Answer what is overdue; returns the seconds until the next may be."""
+        waiting = self._waiting = [task for task in self._waiting if not task.is_answered]
+        if not waiting or not self._ready:
+            return None
+        for task in waiting:
+            if now >= task.deadline and task.claim():
+                self._finish(task, self.EMPTY[task.message.msg_type](task.message.content))
+                if task.is_started and self._threads < self.LIMIT:
+                    self._add_thread()
+        return max(0.0, min(task.deadline for task in waiting) - now)
+
+    # -- run by twoproc-helper
+    def _run(self) -> None:
+        while True:
+            task = self._tasks.get()
+            if task.is_answered:
+                continue
+            task.is_started = True
+            try:
+                content = self._kernel.answer(task.message)
+            except BaseException as error:      # a __dir__ or __getattr__ of the user raised, maybe SystemExit
+                content = {"status": "error", "ename": type(error).__name__, "evalue": str(error), "traceback": []}
+            if task.claim():
+                self._finish(task, content)
+            else:
+                self._threads -= 1              # we were late, somebody took our place
+                return
+
+    def _finish(self, task: Task, content: dict) -> None:
+        kernel, message = self._kernel, task.message
+        try:
+            kernel.reply(message, MESSAGES[message.msg_type].reply or "", content)
+        except TypeError as error:              # something that is not JSON came out of the user's objects
+            kernel.reply(message, MESSAGES[message.msg_type].reply or "",
+                         {"status": "error", "ename": "TypeError", "evalue": str(error), "traceback": []})
+        kernel.status("idle", message)
+        running = kernel.running
+        if running is not None:
+            kernel.status("busy", running)
+
+
+class Task:
+    """A request on its way through a helper thread; `claim` is true for the one who may answer it."""
+
+    def __init__(self, message: Message, deadline: float):
+        self.message, self.deadline = message, deadline
+        self.is_started = self.is_answered = False
+        self._once = threading.Lock()
+
+    def claim(self) -> bool:
+        if not self._once.acquire(blocking=False):
+            return False
+        self.is_answered = True
+        return True
+
+
+def drop_sigint(number: int, frame: Any) -> None:
+    """Ctrl-C while no user code runs: there is nothing to interrupt."""
+
+
+@functools.lru_cache(maxsize=None)
+def kernel_info() -> dict:
+    """The content of kernel_info_reply; made without IPython, which may still be on its way."""
+    return {
+        "status": "ok", "protocol_version": PROTOCOL_VERSION,
+        "implementation": "twoproc", "implementation_version": __version__,
+        "banner": "twoproc %s -- IPython in two processes\nPython %s" % (__version__, sys.version.replace("\n", "")),
+        "language_info": {
+            "name": "python", "version": platform.python_version(), "mimetype": "text/x-python",
+            "file_extension": ".py", "pygments_lexer": "ipython3", "nbconvert_exporter": "python",
+            "codemirror_mode": {"name": "ipython", "version": 3}},
+        "help_links": [{"text": "Python", "url": "https://docs.python.org/%d.%d" % sys.version_info[:2]},
+                       {"text": "IPython", "url": "https://ipython.org/documentation.html"}],
+        "debugger": False, "supported_features": []}
+
+
+class OncePerSecond(logging.Filter):
+    """At most one line a second, then how many were left out: a stranger's junk must not fill the disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0
+        self._dropped = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if record.levelno >= logging.WARNING and now < self._next:
+            self._dropped += 1
+            return False
+        if record.levelno >= logging.WARNING:
+            self._next = now + 1.0
+        if self._dropped:
+            record.msg = "%s (and %d more)" % (record.getMessage(), self._dropped)
+            record.args = ()
+            self._dropped = 0
+        return True
+
+
+# -- the process
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `python -m twoproc.kernel`; returns the exit status, see docs/configuration.md."""
+    arguments = parser().parse_args(argv)
+    try:
+        settings = config.load(arguments, {"--transport": ("kernel.transport", arguments.transport)})
+        if arguments.show_config:
+            print(settings.show())
+            return 0
+        if arguments.install_kernelspec:
+            from .launcher import install_kernelspec
+            print(install_kernelspec(user=not arguments.prefix, prefix=arguments.prefix, name=arguments.name))
+            return 0
+        return serve(arguments, settings)
+    except (config.ConfigError, connection.ConnectionFileError) as error:
+        print("twoproc.kernel: %s" % error, file=sys.stderr)
+        return error.exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    program = argparse.ArgumentParser(prog="python -m %s.kernel" % __package__, description="Run an IPython kernel.")
+    program.add_argument("-f", "--f", dest="connection_file", metavar="FILE",
+                         help="the connection file; made if it does not exist")
+    program.add_argument("--name", help="a name to join the kernel by (default: an animal and a number)")
+    program.add_argument("--transport", choices=("ipc", "tcp"), help="how to be reached on this machine")
+    program.add_argument("--profile-dir", metavar="DIR", help="the IPython profile (default: profile_default)")
+    program.add_argument("--orphan-timeout", type=float, default=0, metavar="SECONDS",
+                         help="end after so long without any client (default: never)")
+    program.add_argument("--install-kernelspec", action="store_true", help="make Jupyter know this kernel, and exit")
+    program.add_argument("--prefix", metavar="DIR", help="install the kernelspec below DIR, not for the user alone")
+    program.add_argument("--version", action="version", version="twoproc %s" % __version__)
+    config.add_arguments(program)
+    return program
+
+
+def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
+    """Bind, announce, run, tidy up.  The connection file is written when everything listens, never before."""
+    path, info, is_managed = choose_connection(arguments, settings)
+    megabyte = 1 << 20
+    limits = Limits(
+        settings["limits.max_frame_mb"] * megabyte, settings["limits.max_frames"],
+        settings["limits.max_message_mb"] * megabyte, settings["limits.stream_chunk_kb"] << 10,
+        settings["limits.iopub_queue"], settings["limits.slow_reader_seconds"], settings["limits.replay_memory"],
+        settings["limits.outbox_mb"] * megabyte)
+    warnings = connection.check_listening(info, is_managed=is_managed)
+    with connection.Claim(path) as claim:
+        connection.check_sockets(info)
+        kernel = Kernel(KernelChannels(info, limits), settings["kernel.completion_seconds"], arguments.orphan_timeout)
+        parent = os.environ.get("JPY_PARENT_PID", "")
+        if parent.isdigit() and int(parent) > 0:
+            kernel.watch_parent(int(parent))
+        set_signals(kernel)
+        info = kernel.channels.info._replace(extra={**kernel.channels.info.extra, "twoproc_pid": os.getpid()})
+        try:
+            kernel.channels.start()
+            connection.write_connection_file(path, info)
+            if settings["kernel.publish_jupyter"]:
+                connection.publish_to_jupyter(path, info)
+            if sys.stderr is not None and sys.stderr.isatty():
+                print("kernel %s is ready; join it with  python -m %s.frontend --existing %s"
+                      % (connection.kernel_name_of(path), __package__, connection.kernel_name_of(path)), file=sys.stderr)
+            start_log(kernel.capture.start())
+            for warning in [claim.note, *warnings]:
+                if warning:
+                    logger.warning(warning)
+            connection.in_forked_child(kernel.in_child)
+            status = kernel.run(lambda kernel: make_interpreter(kernel, arguments, settings))
+            kernel.finish()
+        finally:
+            if not kernel.is_restart:
+                connection.remove_files(path, info)
+            claim.release()
+    leave(status)
+    return status
+
+
+def choose_connection(arguments: argparse.Namespace,
+                      settings: config.Settings) -> tuple[str, connection.ConnectionInfo, bool]:
+    """(path, info, whether somebody else wrote the file)."""
+    path = arguments.connection_file
+    if path and os.path.lexists(path):
+        return os.path.abspath(path), connection.read_connection_file(path, as_kernel=True), True
+    if path and not os.path.dirname(path):
+        path = os.path.join(connection.jupyter_runtime_folder(), path)
+    path, info = connection.new_connection(settings["kernel.transport"], arguments.name, path)
+    return path, info, False
+
+
+def set_signals(kernel: Kernel) -> None:
+    """SIGINT is dropped until a cell runs, also where we inherited that it be ignored (`sh -c '... &'`).
+
+    SIGTERM and SIGHUP end the kernel as a shutdown does; the exit status is 128 + the signal's number.
+    """
+    def end(number: int, frame: Any) -> None:
+        kernel.end(signal.Signals(number).name, 128 + number)
+    signal.signal(signal.SIGINT, drop_sigint)
+    signal.signal(signal.SIGTERM, end)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, end)
+    sys.setswitchinterval(0.0005)       # a request during a busy loop is answered in 1.6 instead of 13 ms
+
+
+def start_log(stream: Any) -> None:
+    """The kernel's own log goes to the stderr it was started with, never into a cell's output."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s twoproc.kernel: %(message)s"))
+    handler.addFilter(OncePerSecond())
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, settings: config.Settings) -> Interpreter:
+    """Import IPython: half of the time it takes to start.  Meanwhile twoproc-io answers already."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        setattr(sys, name, OutStream(name, descriptor, functools.partial(kernel.write_stream, name),
+                                     kernel.before_write))
+    sys.stdin = InStream(kernel.ask)
+    from .shell import Interpreter
+    return Interpreter(kernel.publish, kernel.ask, profile_dir=arguments.profile_dir)
+
+
+def leave(status: int) -> None:
+    """End the process now: exit handlers run, threads of the user are not waited for."""
+    import atexit
+    atexit._run_exitfuncs()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
