@@ -69,9 +69,10 @@ class Mailbox:
         self._rung = False
 
     # -- called by any thread
-    def put(self, item: Any) -> None:
+    def put(self, item: Any, ring: bool = True) -> None:
+        """Append an item; without `ring` the reader finds it when it next wakes for another reason."""
         self._items.append(item)
-        if not self._rung:
+        if ring and not self._rung:
             ring = self._ring
             self._rung = True
             ring(b"\0")
@@ -204,6 +205,7 @@ class KernelChannels:
         self._names = {sock: channel for channel, sock in self._sockets.items()}
         self._numbers = itertools.count(1)          # twoproc_seq of iopub messages
         self._put_bytes = self._sent_bytes = 0      # what waits in the outbox, roughly: see send
+        self._text_sent = 0.0
         self._head: list | None = None              # the iopub message that a full reader did not take
         self._patience = SlowReaders(limits.slow_reader_seconds)
         self._owed: deque = deque(maxlen=1000)      # idle messages that a full reader lost
@@ -268,9 +270,14 @@ class KernelChannels:
         self.outbox.put(Outgoing(channel, msg_type, content, parent, metadata, buffers, identities))
 
     def write(self, name: str, text: str, parent: bytes) -> None:
-        """Queue text for a stream: cheap, because a cell may print a million lines."""
+        """Queue text for a stream: cheap, because a cell may print a million lines.
+
+        The first line leaves at once.  In a flood the next are collected until on_tick wakes twoproc-io,
+        because every time that it wakes costs the cell a change of the interpreter lock.
+        """
         self._make_room(len(text))
-        self.outbox.put(Text(name, text, parent))
+        is_first = time.monotonic() - self._text_sent > 0.01 and ("\n" in text or "\r" in text)
+        self.outbox.put(Text(name, text, parent), ring=is_first or self.busy_parent is None)
 
     def call(self, function: Callable[[], list | None]) -> None:
         """Have twoproc-io call `function` when everything queued before has been sent.
@@ -417,6 +424,7 @@ class KernelChannels:
             size += len(parts[-1])
             count += 1
         self._sent_bytes += size + 64 * count
+        self._text_sent = time.monotonic()
         text = "".join(parts)
         if size > limit:
             self.outbox.put_back([Text(first.name, text[at:at + limit], first.parent)

@@ -17,6 +17,7 @@ Read session.py and channels.py before, shell.py after.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
 import logging
@@ -58,6 +59,8 @@ class Kernel:
         self.ending: str | None = None
         self.exit_status = 0
         self.is_restart = False
+        self.is_stopping = False
+        self.tidy: Callable[[], None] = lambda: None    # what is left to do when the sockets are closed
         self.capture = DescriptorCapture()
         self.interpreter: Interpreter | None = None
         self._helpers = Helpers(self, completion_seconds)
@@ -226,8 +229,11 @@ class Kernel:
     def _end_hard(self) -> None:
         """The cell did not react to its interrupt: go without it."""
         logger.warning("ending (%s) although a cell still runs", self.ending)
-        self._end_at = None
-        own_thread("twoproc-end", lambda: self.finish(is_hard=True))
+        if self.is_stopping:
+            os._exit(self.exit_status)      # an exit function hangs, too
+        self.is_stopping = True
+        self._end_at = time.monotonic() + GRACE
+        own_thread("twoproc-end", self.finish)
 
     def _read_capture(self, parent: bytes | None) -> list:
         """Entries for the front of the outbox: what was written to the descriptors until now."""
@@ -294,8 +300,8 @@ class Kernel:
 
     # -- run by main
 
-    def run(self, make_interpreter: Callable[[Kernel], Interpreter]) -> int:
-        """Serve until told to end; returns the exit status.  The channels are already started."""
+    def run(self, make_interpreter: Callable[[Kernel], Interpreter]) -> None:
+        """Serve until told to end.  The channels are already started."""
         self.interpreter = make_interpreter(self)
         self._helpers.start()
         while self.ending is None:
@@ -308,7 +314,6 @@ class Kernel:
                 self.comm(message)
             if os.getpid() != self._process:
                 self._end_child()
-        return self.exit_status
 
     def _next_request(self) -> Message | None:
         """The next cell or comm message; None when there is another reason to look around."""
@@ -438,15 +443,11 @@ class Kernel:
     def comm(self, message: Message) -> None:
         """comm_open, comm_msg, comm_close.  A handler of theirs is the user's code."""
         assert self.interpreter is not None
-        before = self.interpreter.current_parent()
-        self.interpreter.set_parent(message)
         with self.answering(message):
             handle = getattr(self.interpreter, message.msg_type)
             with contextlib.suppress(KeyboardInterrupt):
                 self.run_user_code(lambda: handle(message))
             self.channels.call(functools.partial(self._read_capture, message.header_bytes))
-        if self.running is not None and before is not None:
-            self.interpreter.set_parent(before)
 
     def _end_if_alone(self) -> None:
         """`exit` in a cell ends the kernel unless somebody else watches it too."""
@@ -465,16 +466,23 @@ class Kernel:
             sys.stderr.flush()
         os._exit(0)
 
-    def finish(self, is_hard: bool = False) -> None:
-        """Say goodbye and end the process; is_hard: another thread does it, main is stuck in a cell."""
+    def finish(self) -> None:
+        """Say goodbye and end the process now: exit handlers run, threads of the user are not waited for.
+
+        Run by main; or, when main is stuck in a cell, by a thread of its own, `twoproc-end`.
+        """
         logger.info("ending: %s", self.ending)
-        if self.interpreter is not None:
-            self.interpreter.close(is_hard)
+        with contextlib.suppress(Exception):        # whatever the user's objects do in here, we leave
+            if self.interpreter is not None:
+                self.interpreter.close()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
         self.channels.call(functools.partial(self._read_capture, None))
-        if is_hard and self.running is not None:
-            self.channels.busy_parent = None
+        if self.running is not None:
             self.status("idle", self.running)
-        self.channels.stop(seconds=0.5 if is_hard else 1.0)
+        self.channels.stop()
+        self.tidy()
+        os._exit(self.exit_status)
 
 
 class Helpers:
@@ -665,35 +673,40 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         settings["limits.iopub_queue"], settings["limits.slow_reader_seconds"], settings["limits.replay_memory"],
         settings["limits.outbox_mb"] * megabyte)
     warnings = connection.check_listening(info, is_managed=is_managed)
-    with connection.Claim(path) as claim:
-        connection.check_sockets(info)
+    claim = connection.Claim(path)
+    try:
         kernel = Kernel(KernelChannels(info, limits), settings["kernel.completion_seconds"], arguments.orphan_timeout)
+        info = kernel.channels.info._replace(extra={**kernel.channels.info.extra, "twoproc_pid": os.getpid()})
+
+        def tidy() -> None:
+            if not kernel.is_restart:
+                connection.remove_files(path, info)
+            claim.release()
+        kernel.tidy = tidy
         parent = os.environ.get("JPY_PARENT_PID", "")
         if parent.isdigit() and int(parent) > 0:
             kernel.watch_parent(int(parent))
         set_signals(kernel)
-        info = kernel.channels.info._replace(extra={**kernel.channels.info.extra, "twoproc_pid": os.getpid()})
-        try:
-            kernel.channels.start()
-            connection.write_connection_file(path, info)
-            if settings["kernel.publish_jupyter"]:
-                connection.publish_to_jupyter(path, info)
-            if sys.stderr is not None and sys.stderr.isatty():
-                print("kernel %s is ready; join it with  python -m %s.frontend --existing %s"
-                      % (connection.kernel_name_of(path), __package__, connection.kernel_name_of(path)), file=sys.stderr)
-            start_log(kernel.capture.start())
-            for warning in [claim.note, *warnings]:
-                if warning:
-                    logger.warning(warning)
-            connection.in_forked_child(kernel.in_child)
-            status = kernel.run(lambda kernel: make_interpreter(kernel, arguments, settings))
-            kernel.finish()
-        finally:
-            if not kernel.is_restart:
-                connection.remove_files(path, info)
-            claim.release()
-    leave(status)
-    return status
+        kernel.channels.start()
+        connection.write_connection_file(path, info)
+        if settings["kernel.publish_jupyter"]:
+            connection.publish_to_jupyter(path, info)
+        if sys.stderr is not None and sys.stderr.isatty():
+            name = connection.kernel_name_of(path)
+            print("kernel %s is ready; join it with  python -m %s.frontend --existing %s" % (name, __package__, name),
+                  file=sys.stderr)
+        start_log(kernel.capture.start())
+        for warning in [claim.note, *warnings]:
+            if warning:
+                logger.warning(warning)
+        connection.in_forked_child(kernel.in_child)
+        kernel.run(lambda kernel: make_interpreter(kernel, arguments, settings))
+    except BaseException:
+        connection.remove_files(path, info)
+        claim.release()
+        raise
+    kernel.finish()
+    return kernel.exit_status
 
 
 def choose_connection(arguments: argparse.Namespace,
@@ -739,16 +752,6 @@ def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, settings: co
     sys.stdin = InStream(kernel.ask)
     from .shell import Interpreter
     return Interpreter(kernel.publish, kernel.ask, profile_dir=arguments.profile_dir)
-
-
-def leave(status: int) -> None:
-    """End the process now: exit handlers run, threads of the user are not waited for."""
-    import atexit
-    atexit._run_exitfuncs()
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

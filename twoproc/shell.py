@@ -29,6 +29,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import threading
 import traceback
 import uuid
@@ -279,6 +280,10 @@ class Interpreter:
             manager.complain(error)
             return {"status": "ok", "history": []}
 
+    def has_unwritten_history(self) -> bool:
+        manager = self.shell.history_manager
+        return bool(manager.db_input_cache or manager.db_output_cache)
+
     def write_history(self) -> None:
         """Write the inputs of finished cells to history.sqlite; called when the kernel is idle."""
         self.shell.history_manager.writeout_cache()
@@ -333,6 +338,32 @@ class Interpreter:
         if selector is not None and len(selector.get_map()) > 1:       # 1: the loop's own wake-up
             return True
         return bool(sys.modules["asyncio"].all_tasks(loop))
+
+    @property
+    def inputhook(self) -> Callable | None:
+        """The event loop of a toolkit that %gui asked for."""
+        return self.shell.inputhook
+
+    def wait_for(self, mailbox: Any) -> None:
+        """Let pending tasks, or a toolkit's windows, go on until `mailbox` (fileno() and len()) has something."""
+        if self.inputhook is not None:
+            self.inputhook(InputHookContext(mailbox))
+            if not len(mailbox):
+                time.sleep(0.01)            # a hook with nothing to show returns at once
+            return
+        loop = self.loop
+        loop.add_reader(mailbox.fileno(), loop.stop)
+        try:
+            loop.run_forever()
+        finally:
+            loop.remove_reader(mailbox.fileno())
+
+    def call_in_running_loop(self, function: Callable[[], None]) -> None:
+        """Called by any thread: run `function` in main's loop if a cell awaits in it just now."""
+        loop = self._loop
+        if loop is not None and loop.is_running():
+            with contextlib.suppress(RuntimeError):     # closed in this very moment
+                loop.call_soon_threadsafe(function)
 
     def _offer_loop(self, code: str) -> None:
         """Let asyncio.get_event_loop() find our loop, unless the cell has nothing to do with asyncio.
@@ -400,6 +431,17 @@ class Interpreter:
         manager = self.shell.history_manager
         if manager is not None:
             manager.end_session()
+
+
+class InputHookContext:
+    """What IPython's input hooks look at to know when to return."""
+
+    def __init__(self, mailbox: Any):
+        self.fileno = mailbox.fileno
+        self._mailbox = mailbox
+
+    def input_is_ready(self) -> bool:
+        return len(self._mailbox) > 0
 
 
 def describe(error: BaseException) -> dict:
@@ -660,6 +702,8 @@ class ZMQInteractiveShell(InteractiveShell):
             if interruption is not None and type(error).__name__ == "CancelledError":
                 # We cancelled the cell because of this; told at the line that was waiting.
                 error = interruption.with_traceback(error.__traceback__)
+            if error.__traceback__ is not None:
+                error.__traceback__ = error.__traceback__.tb_next      # this frame is ours
             if result is not None:
                 result.error_in_exec = error
             self._show_error(error)
@@ -676,13 +720,13 @@ class ZMQInteractiveShell(InteractiveShell):
             self.CustomTB(*found)
         elif sys.excepthook != self.excepthook:
             try:
-                sys.excepthook(*found[:2], error.__traceback__ and error.__traceback__.tb_next)
+                sys.excepthook(*found)
             except BaseException:
                 print("Error in sys.excepthook:", file=sys.stderr)
                 traceback.print_exc()
-                self.showtraceback(found, running_compiled_code=True)
+                self.showtraceback(found, tb_offset=0, running_compiled_code=True)
         else:
-            self.showtraceback(found, running_compiled_code=True)
+            self.showtraceback(found, tb_offset=0, running_compiled_code=True)
 
     def showtraceback(self, exc_tuple=None, filename=None, tb_offset=None, exception_only=False,
                       running_compiled_code=False):
@@ -694,9 +738,6 @@ class ZMQInteractiveShell(InteractiveShell):
         before, self.last_error = self.last_error, None
         try:
             if has_group(value) and not exception_only:
-                skip = 1 if tb_offset is None else tb_offset
-                while skip and tb is not None:
-                    skip, tb = skip - 1, tb.tb_next
                 self._showtraceback(etype, value, traceback.format_exception(etype, value, tb))
             else:
                 super().showtraceback((etype, value, tb), filename, tb_offset, exception_only, running_compiled_code)
@@ -1208,6 +1249,7 @@ class IPKernelApp(InteractiveShellApp):
     IPKernelApp, apply.
     """
 
+    name = AnyTrait("twoproc").tag(config=True)
     profile_dir = AnyTrait()
     log = log
     extra_args: list = []
