@@ -25,7 +25,7 @@ ROOMS = {
     "shell": ("session streams", "IPython traitlets comm"),
     "kernel": ("session channels connection config shell streams", ""),
     "client": ("session channels connection", ""),
-    "launcher": ("connection", ""),
+    "launcher": ("connection client", ""),
     "frontend": ("client launcher connection config session", "IPython prompt_toolkit pygments"),
 }
 KERNEL_SIDE = {"shell", "streams", "kernel"}

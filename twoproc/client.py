@@ -304,15 +304,24 @@ class Client:
         if timeout is None:
             timeout = 60.0 if self.process is not None else 5.0
         start = time.monotonic()
-        probes = [self.submit("kernel_info_request")]
+        probes: list[Pending] = []
         control: Pending | None = None
         pause = 0.05
         probe_at = start + pause
+        if self.died is not None and self._is_started_again():
+            self._channels.call(lambda: self._channels.reset(is_urgent=True))
         try:
             while True:
                 now = time.monotonic()
-                if self.died is not None:
-                    raise self.died
+                try:
+                    if not probes or any(probe.error for probe in probes):
+                        probes[:] = [self.submit("kernel_info_request")]
+                except KernelDied:
+                    # Restarted by our launcher a moment ago: the death of its predecessor is still being told.
+                    if not self._is_started_again() or now >= start + timeout:
+                        raise
+                    self._ready_bell.wait(0.05)
+                    continue
                 self.kernel_info_reply = next((probe.reply for probe in probes if probe.reply), None)
                 if self.kernel_info_reply is not None and self._sees_output:
                     return self.kernel_info_reply
@@ -332,6 +341,9 @@ class Client:
         finally:
             for probe in probes + ([control] if control else []):
                 probe.cancel()
+
+    def _is_started_again(self) -> bool:
+        return self.process is not None and self.process.is_alive
 
     @property
     def is_alive(self) -> bool:
@@ -600,7 +612,7 @@ class Client:
         self._sees_output = self._was_connected = False
         self._shutdown = None
         # Its own launcher starts it again in a moment, others in their own time.
-        self._channels.reset(is_urgent=self.process is not None and self.process.is_restarting)
+        self._channels.reset(is_urgent=self.process is not None and (self.process.is_restarting or self.process.is_alive))
         self._ready_bell.ring()
         for watcher in self._watchers:
             self._call(watcher, "died")

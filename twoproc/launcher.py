@@ -1,0 +1,505 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""The kernel as a child process: start it, interrupt it, restart it, end it, and say what ended it.
+
+    with launch() as process:                   # a kernel of this package
+    with launch("bash") as process:             # a Jupyter kernel, by the name of its kernelspec
+
+A kernel gets a session of its own, so that Ctrl-C in our terminal is ours alone and a closed terminal does
+not end it; nothing to read; and a log file beside its connection file for whatever it writes before, beside
+or after its streams, because the terminal belongs to the frontend.
+
+Ours choose their address themselves, bind, and write the connection file last: we wait for that file, or for
+the child's death.  Other kernels are given a connection file with ports that were free a moment ago.
+
+One thread, `twoproc-launcher`, waits for each child, so there are no zombies and death is known at once.
+Everything else runs in the caller's thread, and every wait is bounded.  What has to be said by message
+(shutdown, interrupt) goes through a client made for that one request.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import string
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Callable, NamedTuple, Sequence
+
+from . import connection
+from .connection import ConnectionInfo
+
+POLITE_SECONDS = 3.0        # from a shutdown_request to SIGTERM: a kernel's atexit functions run in it
+TERM_SECONDS = 2.0          # from SIGTERM to SIGKILL
+KILL_SECONDS = 2.0          # from SIGKILL until we give up: only a process stuck in the system lives so long
+LOG_TAIL = 4096             # bytes of the log that may hold the last words
+
+
+class LaunchError(Exception):
+    """A kernel did not start; str() says why, with the end of its log.  exit_code: the child's, or 70."""
+
+    def __init__(self, text: str, exit_code: int = 70):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def launch(kernel_name: str | None = None, *, timeout: float = 30.0, **options: Any) -> KernelProcess:
+    """Start a kernel; returns when its connection file is there.
+
+    kernel_name: a kernelspec's name; None: a kernel of this package.  options: those of KernelProcess.
+    Raises LaunchError, or ConnectionFileError if there is no safe place for its files.
+    """
+    process = KernelProcess(kernel_name, **options)
+    process.start(timeout)
+    return process
+
+
+class KernelProcess:
+    """A kernel that we started.
+
+    kernel_name: see `launch`.  argv: instead of a kernelspec, a command in which {connection_file} stands.
+    name: what the kernel is called, by default an animal and a number.  connection_file: where, instead of a
+    name.  transport: by default ipc for our kernels, tcp for others, many of which know nothing else.
+    arguments: more words for the command line.  env: variables to add.  cwd: its folder.
+    keep: the kernel shall outlive us; otherwise it ends with us, however we end.
+    """
+
+    def __init__(self, kernel_name: str | None = None, *, argv: Sequence[str] | None = None, name: str | None = None,
+                 connection_file: str | None = None, transport: str | None = None, arguments: Sequence[str] = (),
+                 env: dict[str, str] | None = None, cwd: str | None = None, keep: bool = False):
+        self.keep = keep
+        self.is_ours = kernel_name is None and argv is None
+        self.spec = (_own_spec() if self.is_ours else
+                     find_kernelspec(kernel_name) if argv is None else KernelSpec(kernel_name or "", tuple(argv)))
+        self.interrupt_mode = self.spec.interrupt_mode
+        self.connection_file, self._info = connection.new_connection(
+            transport or ("ipc" if self.is_ours else "tcp"), name, connection_file)
+        self.log_file = connection.log_path(self.connection_file)
+        self.process: subprocess.Popen | None = None
+        self.is_restarting = False
+        self._arguments = tuple(arguments)
+        if self.is_ours and transport is not None:
+            self._arguments = ("--transport", transport, *self._arguments)
+        self._env, self._cwd = env or {}, cwd
+        self._claim: connection.Claim | None = None
+        self._ended = threading.Event()     # set when the child was waited for, after the callbacks ran
+        self._ended.set()
+        self._lock = threading.Lock()       # for the callbacks and _cause together; nothing waits inside it
+        self._callbacks: list[Callable[[str], None]] = []
+        self._cause: str | None = None
+        self._signal_sent = 0               # the latest signal of ours that may have ended it
+        self._is_expected = False           # we asked it to end
+
+    # -- starting
+    def start(self, timeout: float = 30.0) -> None:
+        """Start the process, and wait for the connection file if the kernel writes it itself."""
+        if self.is_alive:
+            raise LaunchError("the kernel is running already (pid %d)" % self.pid)
+        has_file = os.path.lexists(self.connection_file)
+        if not self.is_ours and not has_file:
+            self._info = _choose_ports(self._info)._replace(kernel_name=self.spec.name)
+            connection.write_connection_file(self.connection_file, self._info)
+        self._spawn()
+        if self.is_ours:
+            self._wait_file(timeout, has_file)
+
+    def _spawn(self) -> None:
+        values = {"connection_file": self.connection_file, "prefix": sys.prefix,
+                  "resource_dir": self.spec.resource_dir}
+        # One pass and known names only: a path may hold braces, and an argument may mean its own.
+        argv = [re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), word)
+                for word in (*self.spec.argv, *self._arguments)]
+        if re.fullmatch(r"python(3(\.\d+)?)?", argv[0]):
+            argv[0] = sys.executable    # what a kernelspec in our own environment means by it
+        options: dict[str, Any] = {}
+        if not self.is_ours and self._claim is None:
+            # The other kernels know nothing of claims: theirs is this descriptor, which they inherit.
+            self._claim = connection.Claim(self.connection_file)
+        if self._claim is not None and self._claim._fd >= 0 and os.name == "posix":
+            options["pass_fds"] = [self._claim._fd]
+        # Append: what several processes write does not overwrite each other.
+        log = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+                      | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        self._ended.clear()
+        self._cause, self._signal_sent, self._is_expected = None, 0, False
+        try:
+            self.process = subprocess.Popen(argv, env=self._environment(), cwd=self._cwd, stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=log, start_new_session=True, **options)
+        except OSError as error:
+            self._ended.set()
+            self._remove_files()
+            raise LaunchError("cannot start %s: %s" % (argv[0], error.strerror or error)) from None
+        finally:
+            os.close(log)
+        threading.Thread(target=self._reap, args=(self.process,), name="twoproc-launcher", daemon=True).start()
+
+    def _environment(self) -> dict[str, str]:
+        env = dict(os.environ)
+        env.pop("JPY_PARENT_PID", None)
+        if not self.keep:
+            env["JPY_PARENT_PID"] = str(os.getpid())
+        for name, value in self.spec.env.items():
+            env[name] = string.Template(str(value)).safe_substitute(os.environ)
+        if self.is_ours:
+            _make_importable(env, self._cwd)
+        env.update(self._env)
+        return env
+
+    def _wait_file(self, timeout: float, was_there: bool) -> None:
+        """Until the kernel has written its connection file, which it does when it can be connected to."""
+        deadline = time.monotonic() + timeout
+        while True:
+            with contextlib.suppress(connection.ConnectionFileError):
+                info = connection.read_connection_file(self.connection_file)
+                if not was_there or info.extra.get("twoproc_pid") in (None, self.pid):
+                    self._info = info
+                    return
+            # Waiting for a file is looking again; its death, which is the other end, wakes us at once.
+            if self._ended.wait(0.002):
+                text, code = self._last_words_text(), self.returncode or 70
+                self._remove_files()
+                raise LaunchError("the kernel did not start: %s%s" % (self.cause(), text), code)
+            if time.monotonic() > deadline:
+                self.kill()
+                text = self._last_words_text()
+                self._remove_files()
+                raise LaunchError("the kernel wrote no connection file within %g s%s" % (timeout, text))
+
+    # -- looking
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process is not None else 0
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._ended.is_set()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, minus the signal's number if one ended it, None while it runs."""
+        return self.process.returncode if self.process is not None and not self.is_alive else None
+
+    def cause(self) -> str:
+        """What ended the kernel, by name; empty while it runs."""
+        return (self._cause or "") if not self.is_alive else ""
+
+    def last_words(self, lines: int = 5) -> list[str]:
+        """The end of the log: what the kernel wrote outside of its streams."""
+        try:
+            with open(self.log_file, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL))
+                return file.read().decode("utf-8", "replace").rstrip().splitlines()[-lines:]
+        except OSError:
+            return []
+
+    def _last_words_text(self) -> str:
+        return "".join("\n  " + line for line in self.last_words())
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for its end; returns the exit status, None if it still runs after `timeout` seconds."""
+        self._ended.wait(timeout)
+        return self.returncode
+
+    def on_death(self, callback: Callable[[str], None], remove: bool = False) -> None:
+        """Have callback(cause) called whenever the kernel ends, at once if it has; remove: no longer.
+
+        Called on twoproc-launcher, or here if it is dead: must not wait.
+        """
+        with self._lock:
+            self._callbacks = [other for other in self._callbacks if other != callback]
+            if remove:
+                return
+            self._callbacks.append(callback)
+            cause = self._cause
+        if cause is not None:
+            callback(cause)
+
+    # -- run by twoproc-launcher only
+    def _reap(self, process: subprocess.Popen) -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})   # Ctrl-C is for the main thread
+        process.wait()
+        with self._lock:
+            self._cause = self._name_cause(process.returncode)
+            callbacks = list(self._callbacks)
+        for callback in callbacks:
+            try:
+                callback(self._cause)
+            except Exception:       # the user's code; the others shall hear of the death too
+                sys.excepthook(*sys.exc_info())
+        self._ended.set()
+
+    def _name_cause(self, returncode: int) -> str:
+        if returncode >= 0:
+            return "shut down" if self._is_expected and returncode == 0 else "exit status %d" % returncode
+        number = -returncode
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = "signal %d" % number
+        if number == self._signal_sent:
+            return "%s from its launcher" % name
+        return "killed from outside (kill -9 or out of memory)" if name == "SIGKILL" else name
+
+    # -- ending
+    def interrupt(self, timeout: float = 5.0) -> None:
+        """Stop what the kernel runs: by message, or by SIGINT to its group where the kernelspec says so."""
+        if self.interrupt_mode == "signal":
+            self._signal(signal.SIGINT)
+        else:
+            self._tell("interrupt_request", {}, timeout)
+
+    def shutdown(self, timeout: float = POLITE_SECONDS) -> str:
+        """End the kernel and its process group, and remove its files; returns the cause of its end.
+
+        It is asked first, and after `timeout` seconds told: by SIGTERM, then by SIGKILL.
+        Children that the user's code put into sessions of their own are spared.
+        """
+        if self.process is not None:
+            self._end(timeout, restart=False)
+        self._remove_files()
+        return self.cause()
+
+    def restart(self, timeout: float = 30.0, polite: float = POLITE_SECONDS) -> None:
+        """End the kernel, if it lives, and start it again: same connection file, same key, same ports."""
+        info = self._info
+        self.is_restarting = True
+        try:
+            if self.process is not None:
+                self._end(polite, restart=True)
+            if not os.path.lexists(self.connection_file):   # a kernel that ends properly removes it
+                connection.write_connection_file(self.connection_file, info)
+            self.start(timeout)
+        finally:
+            self.is_restarting = False
+
+    def kill(self) -> None:
+        """End the kernel and its group at once."""
+        self._signal(signal.SIGKILL)
+        self._ended.wait(KILL_SECONDS)
+
+    def _end(self, polite: float, restart: bool) -> None:
+        self._is_expected = True
+        deadline = time.monotonic() + polite
+        if self.is_alive:
+            if not self.is_ours:
+                # Theirs run a cell to its end before they look at a shutdown_request.
+                self.interrupt(min(1.0, polite))
+            self._tell("shutdown_request", {"restart": restart}, polite)
+            self._ended.wait(max(0.0, deadline - time.monotonic()))
+        for number, seconds in ((signal.SIGTERM, TERM_SECONDS), (_SIGKILL, KILL_SECONDS)):
+            if self.is_alive:
+                self._signal(number)
+                self._ended.wait(seconds)
+        if self.is_alive:
+            raise LaunchError("process %d does not end, not even by SIGKILL: it is stuck in the system" % self.pid)
+        self._end_group()
+
+    def _end_group(self) -> None:
+        """What the user's code left running in the kernel's group ends with it."""
+        if os.name != "posix":
+            return
+        deadline = time.monotonic() + 0.5
+        try:
+            os.killpg(self.pid, signal.SIGTERM)
+            while time.monotonic() < deadline:
+                time.sleep(0.01)        # not our children: nothing to wait for, only to look at
+                os.killpg(self.pid, 0)
+            os.killpg(self.pid, _SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass        # nobody is left, or (macOS) only zombies that init has yet to fetch
+
+    def _signal(self, number: int) -> None:
+        """To the whole group: a kernelspec may start a shell that starts the kernel, and a cell its children."""
+        if self.process is None or not self.is_alive:
+            return
+        if number != signal.SIGINT:
+            self._signal_sent = number
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(self.pid, number)
+            else:
+                self.process.send_signal(number)
+
+    def _tell(self, msg_type: str, content: dict, timeout: float) -> None:
+        """Send one request on control and wait for its reply; a kernel that gives none is a case for signals."""
+        from .client import Client, KernelDied      # here: a launcher alone needs no ZeroMQ
+        try:
+            with Client(self._info, heartbeat=0) as client:
+                self.on_death(client._hear_process)
+                try:
+                    client.submit(msg_type, content, channel="control").wait(timeout)
+                finally:
+                    self.on_death(client._hear_process, remove=True)
+        except (TimeoutError, KernelDied):
+            pass
+
+    def _remove_files(self) -> None:
+        """After a clean end nothing is left; a claim that a kernel of ours still holds protects its files."""
+        if self.is_alive:
+            return
+        if self._claim is not None or not connection.is_claimed(self.connection_file):
+            connection.remove_files(self.connection_file, self._info)
+            paths = [self.log_file]
+            if self._claim is not None:
+                self._claim.release()
+                self._claim = None
+            else:
+                paths.append(connection.lock_path(self.connection_file))    # the name is free again
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    def __enter__(self) -> KernelProcess:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if not self.keep:
+            self.shutdown()
+
+
+_SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)       # Windows: terminate is all there is
+
+
+def _choose_ports(info: ConnectionInfo) -> ConnectionInfo:
+    """Ports that are free now, for a kernel that cannot choose them itself; nothing holds them until it binds."""
+    if info.transport != "tcp":
+        return info
+    with contextlib.ExitStack() as stack:
+        ports = {}
+        for channel in connection.CHANNELS:
+            sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in info.ip else socket.AF_INET))
+            sock.bind((info.ip, 0))
+            ports[channel + "_port"] = sock.getsockname()[1]
+    return info._replace(**ports)
+
+
+def _make_importable(env: dict[str, str], cwd: str | None) -> None:
+    """Let a child find this package where we found it: a source folder, a vendored copy, an archive.
+
+    An installed package needs nothing, and the user's children should inherit nothing from us.
+    """
+    import sysconfig
+    root = os.path.abspath(__file__)
+    for _ in __name__.split("."):
+        root = os.path.dirname(root)
+    paths = env.get("PYTHONPATH", "").split(os.pathsep)
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    if root not in installed and root not in paths:
+        env["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), root])
+
+
+# -- kernelspecs: what Jupyter knows about a kernel -------------------------------------------------
+
+class KernelSpec(NamedTuple):
+    name: str
+    argv: tuple[str, ...]
+    display_name: str = ""
+    language: str = ""
+    resource_dir: str = ""
+    interrupt_mode: str = "signal"      # the default of the specification: "signal" or "message"
+    env: dict = {}
+    metadata: dict = {}
+
+
+def list_kernelspecs() -> dict[str, KernelSpec]:
+    """All kernelspecs that Jupyter would find, by name; what cannot be read is left out."""
+    found: dict[str, KernelSpec] = {}
+    for folder in kernelspec_folders():
+        with contextlib.suppress(OSError):
+            for entry in sorted(os.listdir(folder)):
+                name = entry.lower()
+                if name not in found and re.fullmatch(r"[a-z0-9._-]+", name):
+                    with contextlib.suppress(OSError, ValueError):
+                        found[name] = _read_kernelspec(name, os.path.join(folder, entry))
+    return found
+
+
+def find_kernelspec(name: str | None) -> KernelSpec:
+    """Raises LaunchError (exit code 2) naming the kernels there are."""
+    specs = list_kernelspecs()
+    spec = specs.get((name or "").lower())
+    if spec is None:
+        raise LaunchError("no kernel named %r; there are: %s" % (name, ", ".join(sorted(specs)) or "none"), 2)
+    return spec
+
+
+def kernelspec_folders() -> list[str]:
+    """Where kernelspecs are, the first that has a name decides ("Kernel specs" in jupyter_client's documentation)."""
+    user = [_user_data_folder()]
+    environment = [os.path.join(sys.prefix, "share", "jupyter")]
+    # In a virtual environment Jupyter looks there first, outside of one into the user's folder first.
+    prefer = os.environ.get("JUPYTER_PREFER_ENV_PATH", "")
+    is_env_first = prefer.lower() not in ("", "no", "n", "false", "off", "0", "0.0") if prefer else (
+        sys.prefix != sys.base_prefix)
+    bases = [path for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
+    bases += environment + user if is_env_first else user + environment
+    if sys.platform == "win32":
+        bases.append(os.path.join(os.environ.get("PROGRAMDATA", r"C:\ProgramData"), "jupyter"))
+    else:
+        bases += ["/usr/local/share/jupyter", "/usr/share/jupyter"]
+    return list(dict.fromkeys(os.path.join(base, "kernels") for base in bases))
+
+
+def _user_data_folder() -> str:
+    home = os.path.expanduser("~")
+    if os.environ.get("JUPYTER_DATA_DIR"):
+        return os.environ["JUPYTER_DATA_DIR"]
+    if sys.platform == "darwin" and not os.environ.get("JUPYTER_PLATFORM_DIRS"):
+        return os.path.join(home, "Library", "Jupyter")
+    if sys.platform == "win32":
+        return os.path.join(os.environ.get("APPDATA") or home, "jupyter")
+    return os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.join(home, ".local", "share"), "jupyter")
+
+
+def _read_kernelspec(name: str, folder: str) -> KernelSpec:
+    with open(os.path.join(folder, "kernel.json"), encoding="utf-8") as file:
+        members = json.load(file)
+    argv = members.get("argv") if isinstance(members, dict) else None
+    if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
+        raise ValueError("no argv")
+
+    def take(member: str, kind: type, default: Any) -> Any:
+        value = members.get(member)
+        return value if isinstance(value, kind) else default
+
+    mode = take("interrupt_mode", str, "signal")
+    return KernelSpec(name, tuple(argv), take("display_name", str, name), take("language", str, ""), folder,
+                      mode if mode == "message" else "signal", take("env", dict, {}), take("metadata", dict, {}))
+
+
+def _own_spec() -> KernelSpec:
+    argv = (sys.executable, "-m", (__package__ or "twoproc") + ".kernel", "-f", "{connection_file}")
+    return KernelSpec("twoproc", argv, "Python 3 (twoproc)", "python", "", "message", {},
+                      {"supported_encryption": ["curve"], "debugger": False})
+
+
+def install_kernelspec(name: str = "twoproc", *, user: bool = False, prefix: str | None = None,
+                       display_name: str | None = None) -> str:
+    """Write a kernel.json for this interpreter and this package; returns its folder.
+
+    user: into the user's Jupyter folder; prefix: into that installation; neither: into our own sys.prefix.
+    Raises ValueError for a name that Jupyter would not find, OSError if the folder cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise ValueError("kernelspec name %r: use letters, digits, '.', '_' and '-'" % name)
+    if user and prefix:
+        raise ValueError("a kernelspec goes to the user's folder or to a prefix, not to both")
+    base = _user_data_folder() if user else os.path.join(prefix or sys.prefix, "share", "jupyter")
+    folder = os.path.join(os.path.abspath(base), "kernels", name.lower())
+    spec = _own_spec()
+    members = {"argv": list(spec.argv), "display_name": display_name or spec.display_name, "language": spec.language,
+               "interrupt_mode": spec.interrupt_mode, "metadata": spec.metadata, "kernel_protocol_version": "5.5",
+               "env": {}}
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "kernel.json")
+    temporary = "%s.%d.tmp" % (path, os.getpid())       # a Jupyter server may be reading the old one
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(members, file, indent=1)
+        file.write("\n")
+    os.replace(temporary, path)
+    return folder
