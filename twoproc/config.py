@@ -212,7 +212,8 @@ def _read(path: str, is_required: bool) -> Iterator[tuple[str, str, int]]:
     try:
         # Links are followed: many keep their dot files in a repository. What counts is the file at the end.
         # O_NONBLOCK, because a fifo must not hold us up.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), encoding="utf-8-sig") as file:
+        at_once = getattr(os, "O_NONBLOCK", 0)
+        with open(path, encoding="utf-8-sig", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
             _refuse_unsafe(path, os.fstat(file.fileno()))
             text = file.read()
     except (FileNotFoundError, NotADirectoryError):

@@ -228,9 +228,10 @@ def new_connection(
             name = _reserve_name(folder)
         elif not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name[0].isalnum():
             raise ConnectionFileError(f"kernel name {_shown(name)}: use letters, digits, '-', '_' and '.'")
+        else:
+            # Ask early whether somebody has it. What counts is the kernel's own Claim.
+            os.close(_lock(os.path.join(folder, f"{name}.json"))[0])
         path = os.path.join(folder, f"{name}.json")
-        if is_claimed(path):
-            raise _in_use(path)
         prefix = os.path.join(folder, name)
     key = secrets.token_hex(32).encode()
     if transport == "tcp":
@@ -315,23 +316,19 @@ def read_connection_file(path: str, *, as_kernel: bool = False) -> ConnectionInf
 
 def _read_private(path: str) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | _O_SAFE)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _O_SAFE)) as file:
+            fault = _fault(os.fstat(file.fileno()), stat.S_ISREG, "a regular file")
+            if fault is None:
+                return file.read(FILE_LIMIT + 1)
     except FileNotFoundError as error:
         raise ConnectionFileError(f"connection file {path}: no such file; has its kernel ended?") from error
     except OSError as error:
         raise ConnectionFileError(f"connection file {path}: {_reason(error)}; not used", UNSAFE) from error
-    with os.fdopen(fd, "rb") as file:
-        fault = _fault(os.fstat(fd), stat.S_ISREG, "a regular file")
-        if fault:
-            raise ConnectionFileError(
-                f"connection file {path}: {fault}; not used, because whoever reads it can run code as you. "
-                f"Start the kernel anew with a file of mode 0600",
-                UNSAFE,
-            )
-        try:
-            return file.read(FILE_LIMIT + 1)
-        except OSError as error:
-            raise ConnectionFileError(f"connection file {path}: {error.strerror}; not used", UNSAFE) from error
+    raise ConnectionFileError(
+        f"connection file {path}: {fault}; not used, because whoever reads it can run code as you. "
+        f"Start the kernel anew with a file of mode 0600",
+        UNSAFE,
+    )
 
 
 def parse_connection(text: bytes | str, path: str, *, as_kernel: bool = False) -> ConnectionInfo:
