@@ -138,15 +138,14 @@ def busy(kernel, size):
         times.append(peer.ask("kernel_info_request", channel="control").reply_at)
         time.sleep(0.003)
     yield "control while a cell spins", statistics.median(times)
-    on_shell, asked_at = peer.send("kernel_info_request"), now()
-    # Two replies to wait for, on one channel, and we do not say which comes first.
-    for channel, _, frames in peer.listen(10):
+    on_shell, asked_at, replies = peer.send("kernel_info_request"), now(), 0
+    for channel, _, frames in peer.listen(10):      # two replies on one channel, and we do not say which comes first
         if channel == "shell" and on_shell in frames[1]:
             yield "kernel_info on shell while a cell spins", now() - asked_at
-            on_shell = None
-        elif channel == "shell" and cell in frames[1]:
-            cell = None
-        if not on_shell and not cell:
+        elif not (channel == "shell" and cell in frames[1]):
+            continue
+        replies += 1
+        if replies == 2:
             break
     peer.wait_ready()
 
@@ -254,7 +253,8 @@ class Book:
                     short(statistics.median(values)) if values else "-",
                     f"({short(values[0])}-{short(values[-1])})" if len(values) > 1 else "",
                     f"x{ratio:.2f}" if ratio is not None else ""))))
-            rows.append([*row, f"x{aim}" if aim else ""])
+            if any(figure == measured for measured, _ in self.values):
+                rows.append([*row, f"x{aim}" if aim else ""])
         widths = [max(map(len, column)) for column in zip(*rows)]
         return [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)).join(("| ", " |"))
                 for row in (rows[0], ["-" * width for width in widths], *rows[1:])]
