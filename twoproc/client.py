@@ -31,7 +31,8 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from . import connection
 from .channels import ClientChannels
@@ -612,7 +613,7 @@ class Client:
         self._sees_output = self._was_connected = False
         self._shutdown = None
         # Its own launcher starts it again in a moment, others in their own time.
-        self._channels.reset(is_urgent=self.process is not None and (self.process.is_restarting or self.process.is_alive))
+        self._channels.reset(is_urgent=self._is_started_again() or getattr(self.process, "is_restarting", False))
         self._ready_bell.ring()
         for watcher in self._watchers:
             self._call(watcher, "died")

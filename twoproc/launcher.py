@@ -28,7 +28,8 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from . import connection
 from .connection import ConnectionInfo
@@ -73,8 +74,12 @@ class KernelProcess:
                  env: dict[str, str] | None = None, cwd: str | None = None, keep: bool = False):
         self.keep = keep
         self.is_ours = kernel_name is None and argv is None
-        self.spec = (_own_spec() if self.is_ours else
-                     find_kernelspec(kernel_name) if argv is None else KernelSpec(kernel_name or "", tuple(argv)))
+        if self.is_ours:
+            self.spec = _own_spec()._replace(argv=_own_argv(cwd))
+        elif argv is None:
+            self.spec = find_kernelspec(kernel_name)
+        else:
+            self.spec = KernelSpec(kernel_name or "", tuple(argv))
         self.interrupt_mode = self.spec.interrupt_mode
         self.connection_file, self._info = connection.new_connection(
             transport or ("ipc" if self.is_ours else "tcp"), name, connection_file)
@@ -144,8 +149,6 @@ class KernelProcess:
             env["JPY_PARENT_PID"] = str(os.getpid())
         for name, value in self.spec.env.items():
             env[name] = string.Template(str(value)).safe_substitute(os.environ)
-        if self.is_ours:
-            _make_importable(env, self._cwd)
         env.update(self._env)
         return env
 
@@ -378,19 +381,22 @@ def _choose_ports(info: ConnectionInfo) -> ConnectionInfo:
     return info._replace(**ports)
 
 
-def _make_importable(env: dict[str, str], cwd: str | None) -> None:
-    """Let a child find this package where we found it: a source folder, a vendored copy, an archive.
+def _own_argv(cwd: str | None) -> tuple[str, ...]:
+    """`python -m <package>.kernel` where a new process finds this package by itself.
 
-    An installed package needs nothing, and the user's children should inherit nothing from us.
+    Else (a source folder, a vendored copy) its place is appended to the child's path: not by PYTHONPATH, which
+    the user's own children would inherit, and which would put whatever lies there in front of Python's modules.
     """
     import sysconfig
     root = os.path.abspath(__file__)
     for _ in __name__.split("."):
         root = os.path.dirname(root)
-    paths = env.get("PYTHONPATH", "").split(os.pathsep)
-    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    if root not in installed and root not in paths:
-        env["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), root])
+    found = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), os.path.abspath(cwd or os.getcwd()),
+             *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    if root in found:
+        return _own_spec().argv
+    code = "import sys; sys.path.append(%r); from %s.kernel import main; sys.exit(main())" % (root, __package__)
+    return (sys.executable, "-c", code, "-f", "{connection_file}")
 
 
 # -- kernelspecs: what Jupyter knows about a kernel -------------------------------------------------
@@ -478,13 +484,14 @@ def _own_spec() -> KernelSpec:
                       {"supported_encryption": ["curve"], "debugger": False})
 
 
-def install_kernelspec(name: str = "twoproc", *, user: bool = False, prefix: str | None = None,
+def install_kernelspec(name: str | None = None, *, user: bool = False, prefix: str | None = None,
                        display_name: str | None = None) -> str:
     """Write a kernel.json for this interpreter and this package; returns its folder.
 
     user: into the user's Jupyter folder; prefix: into that installation; neither: into our own sys.prefix.
     Raises ValueError for a name that Jupyter would not find, OSError if the folder cannot be written.
     """
+    name = name or "twoproc"
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise ValueError("kernelspec name %r: use letters, digits, '.', '_' and '-'" % name)
     if user and prefix:
