@@ -672,7 +672,7 @@ sys.stdin.read()
             path, info = connection.new_connection(name="lab")
             with Claim(path):
                 connection.write_connection_file(path, info)
-                self.refused(3, Claim, path)
+                self.assertTrue(connection.is_claimed(path))
                 self.assertEqual(connection.read_connection_file(path), info)
                 connection.remove_files(path, info)
         for child in children:

@@ -14,8 +14,6 @@ docs/configuration.md says the same to users, and a test compares its tables wit
 from __future__ import annotations
 
 import argparse
-import configparser
-import difflib
 import math
 import os
 import stat
@@ -224,6 +222,8 @@ def _read(path: str, is_required: bool) -> Iterator[tuple[str, str, int]]:
         raise ConfigError(f"{path}: {error.strerror}; the configuration cannot be read") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    import configparser  # here, because a kernel that starts without any file need not wait for it
+
     # The default section's name cannot occur, so that [DEFAULT] is a section like others: unknown.
     parser = configparser.RawConfigParser(delimiters=("=",), inline_comment_prefixes=(";",), default_section="\n")
     try:
@@ -284,6 +284,8 @@ def _setting(name: str, where: str) -> Setting:
 
 
 def _nearest(word: str, known: list[str]) -> str:
+    import difflib
+
     return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import ipaddress
 import json
 import os
 import secrets
@@ -539,6 +538,10 @@ class Claim:
             _unlock(self.path, self._fd)
             self._fd = -1
 
+    def fileno(self) -> int:
+        """The descriptor that holds the lock, to pass on to a kernel that knows nothing of claims; or -1."""
+        return self._fd
+
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -837,11 +840,8 @@ def is_loopback(ip: str) -> bool:
     bare = ip[1:-1] if ip.startswith("[") and ip.endswith("]") else ip
     if _is_loopback_address(bare):
         return True
-    try:
-        ipaddress.ip_address(bare.partition("%")[0])
+    if _address(bare) is not None:
         return False
-    except ValueError:
-        pass
     # A name. ZeroMQ would take one for a network interface first, and only then look it up.
     with contextlib.suppress(OSError, AttributeError):
         if bare in (name for _, name in socket.if_nameindex()):
@@ -854,10 +854,15 @@ def is_loopback(ip: str) -> bool:
 
 
 def _is_loopback_address(text: str) -> bool:
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return False
+    address = _address(text)
     # ::ffff:127.0.0.1 counts by its IPv4 part on every version of Python.
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
+    return bool(address) and (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def _address(text: str) -> Any:
+    import ipaddress  # here, because a kernel on ipc need not wait for it
+
+    try:
+        return ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
