@@ -145,7 +145,10 @@ class Limits(NamedTuple):
 
 
 class Outgoing(NamedTuple):
-    """An entry of the outbox: a message whose content is already bytes; header, number and signature come last."""
+    """An entry of the outbox: a message whose content is already bytes; number and signature come last.
+
+    So does the header, unless the sender must know its msg_id.
+    """
     channel: str
     msg_type: str
     content: bytes
@@ -153,6 +156,7 @@ class Outgoing(NamedTuple):
     metadata: dict | None
     buffers: Iterable
     identities: Iterable
+    header: bytes | None = None
 
 
 class Text(NamedTuple):
@@ -259,7 +263,8 @@ class KernelChannels:
 
     # -- called by any thread
     def send(self, channel: str, msg_type: str, content: dict | bytes, parent: bytes = b"{}",
-             metadata: dict | None = None, buffers: Iterable = (), identities: Iterable = ()) -> None:
+             metadata: dict | None = None, buffers: Iterable = (), identities: Iterable = (),
+             header: bytes | None = None) -> None:
         """Queue one message; raises TypeError if the content is not JSON.  Waits while the outbox is full.
 
         The content is encoded here, by its owner's thread, who may change it afterwards.
@@ -267,7 +272,7 @@ class KernelChannels:
         if not isinstance(content, bytes):
             content = encode(content)
         self._make_room(len(content))
-        self.outbox.put(Outgoing(channel, msg_type, content, parent, metadata, buffers, identities))
+        self.outbox.put(Outgoing(channel, msg_type, content, parent, metadata, buffers, identities, header))
 
     def write(self, name: str, text: str, parent: bytes) -> None:
         """Queue text for a stream: cheap, because a cell may print a million lines.
@@ -406,7 +411,7 @@ class KernelChannels:
                 if entry.channel == "iopub":
                     self._publish(entry.msg_type, entry.content, entry.parent, entry.metadata, entry.buffers)
                 else:
-                    frames = self.session.serialize(entry.msg_type, entry.content, entry.parent)
+                    frames = self.session.serialize(entry.msg_type, entry.content, entry.parent, header=entry.header)
                     self._send(self._sockets[entry.channel], [*entry.identities, *frames])
             else:
                 outbox.put_back(entry() or ())

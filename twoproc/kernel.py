@@ -20,6 +20,7 @@ import argparse
 import atexit
 import contextlib
 import functools
+import json
 import logging
 import os
 import platform
@@ -69,7 +70,8 @@ class Kernel:
         self._alone_since = time.monotonic()
         self._end_at: float | None = None
         self._input_replies: SimpleQueue[str] = SimpleQueue()
-        self._asking: Message | None = None         # the question that an input_reply may answer
+        # The question that an input_reply may answer: whom it was sent to, and its msg_id.
+        self._asking: tuple[list[bytes], str] | None = None
         self._runs_user_code = False
         self._cell_sigint: Any = signal.default_int_handler
         self._process = os.getpid()
@@ -150,7 +152,7 @@ class Kernel:
         parent = message.parent_header.get("msg_id")
         if message.msg_type != "input_reply" or not isinstance(value, str):
             logger.warning("stdin: %.60s without a string as value", message.msg_type)
-        elif asking is None or message.identities[:1] != asking.identities[:1] or parent not in (None, asking.msg_id):
+        elif asking is None or message.identities[:1] != asking[0][:1] or parent not in (None, asking[1]):
             logger.warning("stdin: an input_reply that nobody was asked for")
         else:
             self._asking = None
@@ -400,10 +402,11 @@ class Kernel:
         with contextlib.suppress(Empty):
             while True:
                 self._input_replies.get_nowait()
-        self._asking = message
+        header = self.channels.session.header("input_request")
+        self._asking = message.identities, json.loads(header)["msg_id"]
         self.before_write()
         self.channels.send("stdin", "input_request", {"prompt": prompt, "password": password}, message.header_bytes,
-                           identities=message.identities)
+                           identities=message.identities, header=header)
         try:
             value = self._input_replies.get()
         finally:
