@@ -647,6 +647,16 @@ sys.stdin.read()
         os.utime(connection.lock_path(path), (0, 0))
         self.assertEqual(connection.remove_stale(), [connection.kernel_name_of(path)])
 
+    def test_the_file_of_a_kernel_that_is_started_again_stays(self):
+        child, path = self.kernel()
+        self.refused(3, connection.reserve, path, says=f"pid {child.pid}")
+        self.kill(child)
+        connection.reserve(path)
+        self.assertEqual(connection.remove_stale(), [])
+        self.assertTrue(os.path.exists(path))
+        os.utime(connection.lock_path(path), (0, 0))
+        self.assertEqual(connection.remove_stale(), [connection.kernel_name_of(path)])
+
     def test_files_of_other_programs_in_the_folder_stay(self):
         folder = self.path("jupyter")
         os.mkdir(folder)

@@ -228,8 +228,7 @@ def new_connection(
         elif not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name[0].isalnum():
             raise ConnectionFileError(f"kernel name {_shown(name)}: use letters, digits, '-', '_' and '.'")
         else:
-            # Ask early whether somebody has it. What counts is the kernel's own Claim.
-            os.close(_lock(os.path.join(folder, f"{name}.json"))[0])
+            reserve(os.path.join(folder, f"{name}.json"))
         path = os.path.join(folder, f"{name}.json")
         prefix = os.path.join(folder, name)
     key = secrets.token_hex(32).encode()
@@ -554,6 +553,19 @@ class Claim:
         self.release()
 
 
+def reserve(path: str) -> None:
+    """Keep `path` for a kernel that is about to start; exit code 3 if one has it.
+
+    For FRESH seconds nobody tidies it away, so that a restarted kernel finds its old file. That is all:
+    what decides is the kernel's own Claim.
+    """
+    fd, _ = _lock(os.path.abspath(path))
+    if fd >= 0:
+        os.ftruncate(fd, 0)
+        os.utime(lock_path(path))
+        os.close(fd)
+
+
 def lock_path(path: str) -> str:
     return f"{path}.lock"
 
@@ -734,8 +746,8 @@ def remove_stale(folder: str | None = None) -> list[str]:
 
 
 def _remove_if_stale(path: str) -> bool:
-    if not os.path.lexists(path) and _is_fresh(lock_path(path)):
-        return False  # a name just reserved by new_connection, its kernel on the way
+    if _is_fresh(lock_path(path)) and os.lstat(lock_path(path)).st_size == 0:
+        return False  # reserved: no kernel has written its number yet
     if is_claimed(path):
         return False
     fd, note = _lock(path)
