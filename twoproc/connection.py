@@ -65,6 +65,10 @@ class ConnectionFileError(Exception):
         self.exit_code = exit_code
 
 
+def _unsafe(message: str) -> ConnectionFileError:
+    return ConnectionFileError(message, UNSAFE)
+
+
 class ConnectionInfo(NamedTuple):
     """The content of a connection file. Jupyter's names; `extra` keeps the members we do not know.
 
@@ -105,7 +109,6 @@ class ConnectionInfo(NamedTuple):
 
 
 # -- the folder
-
 
 def runtime_folder() -> str:
     """The private folder of everything that lives no longer than a kernel; made if missing.
@@ -156,25 +159,19 @@ def private_folder(path: str) -> str:
         found = os.lstat(path)
         above = os.stat(os.path.dirname(path))
     except OSError as error:
-        raise ConnectionFileError(
-            f"folder {path}: {error.strerror}; set TWOPROC_RUNTIME to a folder that you can write", UNSAFE
-        ) from error
+        raise _unsafe(f"folder {path}: {error.strerror}; set TWOPROC_RUNTIME to a folder that you can write") from error
     fault = _fault(found, stat.S_ISDIR, "a folder")
     if fault is None and above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
         fault = f"lies in {os.path.dirname(path)}, where every user may rename it (no sticky bit)"
     if fault:
-        raise ConnectionFileError(
-            f"folder {path}: {fault}; not used. Remove it, or set TWOPROC_RUNTIME to a folder of your own", UNSAFE
-        )
+        raise _unsafe(f"folder {path}: {fault}; not used. Remove it, or set TWOPROC_RUNTIME to a folder of your own")
     return path
 
 
-def _fault(
-    found: os.stat_result, is_kind: Callable[[int], bool], kind: str, *, is_replaced: bool = False
-) -> str | None:
+def _fault(found: os.stat_result, is_kind: Callable[[int], bool], kind: str, is_replaced: bool = False) -> str | None:
     """Why something found on the disk is not ours alone; None if it is.
 
-    is_replaced: it will not be opened, a new file takes its place. Then its mode does not matter.
+    is_replaced: a new file will take its place, so that its mode does not matter.
     """
     if stat.S_ISLNK(found.st_mode):
         return "is a symbolic link"
@@ -186,6 +183,8 @@ def _fault(
         return f"belongs to another user (uid {found.st_uid}, we are {os.geteuid()})"
     if found.st_mode & 0o077 and not is_replaced:
         return f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o})"
+    if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+        return "has another name as well (a hard link)"
     return None
 
 
@@ -205,9 +204,8 @@ ANIMALS = (
 ).split()
 
 
-def new_connection(
-    transport: str = "ipc", name: str | None = None, path: str | None = None
-) -> tuple[str, ConnectionInfo]:
+def new_connection(transport: str = "ipc", name: str | None = None,
+                   path: str | None = None) -> tuple[str, ConnectionInfo]:
     """Choose a name, an address and a fresh key; (path of the file to be, its content).
 
     Nothing but a reservation of the name is written: the kernel takes the Claim, binds, and writes
@@ -254,7 +252,7 @@ def _reserve_name(folder: str) -> str:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConnectionFileError(f"{lock_path(path)}: {error.strerror}; no kernel can start", UNSAFE) from error
+            raise _unsafe(f"{lock_path(path)}: {error.strerror}; no kernel can start") from error
         return name
     raise ConnectionFileError(f"no free kernel name found in {folder}; remove what is left there", NAME_IN_USE)
 
@@ -270,21 +268,17 @@ def write_connection_file(path: str, info: ConnectionInfo) -> None:
     with contextlib.suppress(FileNotFoundError):
         found = os.lstat(path)
         fault = _fault(found, stat.S_ISREG, "a regular file", is_replaced=True)
-        if fault is None and found.st_nlink > 1:
-            fault = "has another name as well (a hard link)"
         if fault:
-            raise ConnectionFileError(f"connection file {path}: what stands there {fault}; remove it", UNSAFE)
+            raise _unsafe(f"connection file {path}: what stands there {fault}; remove it")
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(8)}.tmp")
     try:
         with os.fdopen(_create_private(temporary), "w", encoding="utf-8") as file:
             if sys.platform != "win32" and os.fstat(file.fileno()).st_mode & 0o077:
-                raise ConnectionFileError(
-                    f"connection file {path}: this file system keeps no permissions; put it elsewhere", UNSAFE
-                )
+                raise _unsafe(f"connection file {path}: this file system keeps no permissions; put it elsewhere")
             json.dump(members, file, indent=2)
         os.replace(temporary, path)
     except OSError as error:
-        raise ConnectionFileError(f"connection file {path}: {error.strerror}; not written", UNSAFE) from error
+        raise _unsafe(f"connection file {path}: {error.strerror}; not written") from error
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -321,12 +315,9 @@ def _read_private(path: str) -> bytes:
     except FileNotFoundError as error:
         raise ConnectionFileError(f"connection file {path}: no such file; has its kernel ended?") from error
     except OSError as error:
-        raise ConnectionFileError(f"connection file {path}: {_reason(error)}; not used", UNSAFE) from error
-    raise ConnectionFileError(
-        f"connection file {path}: {fault}; not used, because whoever reads it can run code as you. "
-        f"Start the kernel anew with a file of mode 0600",
-        UNSAFE,
-    )
+        raise _unsafe(f"connection file {path}: {_reason(error)}; not used") from error
+    raise _unsafe(f"connection file {path}: {fault}; not used, because whoever reads it can run code as you. "
+                  f"Start the kernel anew with a file of mode 0600")
 
 
 def parse_connection(text: bytes | str, path: str, *, as_kernel: bool = False) -> ConnectionInfo:
@@ -483,7 +474,7 @@ def publish_to_jupyter(path: str, info: ConnectionInfo) -> str:
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError as error:
-        raise ConnectionFileError(f"folder {folder}: {error.strerror}; nothing published", UNSAFE) from error
+        raise _unsafe(f"folder {folder}: {error.strerror}; nothing published") from error
     write_connection_file(copy, info)
     return copy
 
@@ -494,9 +485,8 @@ def _published_path(path: str) -> str:
 
 def _connection_files(folder: str) -> list[str]:
     with contextlib.suppress(OSError):
-        return sorted(
-            os.path.join(folder, entry) for entry in os.listdir(folder) if entry.endswith(".json") and entry[0] != "."
-        )
+        entries = sorted(entry for entry in os.listdir(folder) if entry.endswith(".json") and entry[0] != ".")
+        return [os.path.join(folder, entry) for entry in entries]
     return []
 
 
@@ -508,7 +498,6 @@ def _mtime_ns(path: str) -> int:
 
 
 # -- who holds a connection file
-
 
 class Claim:
     """The right to one connection file, held by one living kernel.
@@ -604,7 +593,7 @@ def _lock(path: str) -> tuple[int, str]:
             # A file that a manager mounted read-only: nobody can take its name, nobody can remove it.
             if error.errno in (errno.EROFS, errno.EACCES) and os.path.exists(path) and not os.path.lexists(lock):
                 return -1, f"{os.path.dirname(path)} cannot be written: nothing says that {path} is in use"
-            raise ConnectionFileError(f"{lock}: {_reason(error)}; the name cannot be claimed", UNSAFE) from error
+            raise _unsafe(f"{lock}: {_reason(error)}; the name cannot be claimed") from error
         note, keep = "", False
         try:
             try:
@@ -635,11 +624,9 @@ def _open_lock(lock: str) -> int:
             break
     found = os.fstat(fd)
     fault = _fault(found, stat.S_ISREG, "a regular file")
-    if fault is None and found.st_nlink > 1:
-        fault = "has another name as well (a hard link)"
     if fault:
         os.close(fd)
-        raise ConnectionFileError(f"{lock}: what stands there {fault}; not used, remove it", UNSAFE)
+        raise _unsafe(f"{lock}: what stands there {fault}; not used, remove it")
     return fd
 
 
@@ -698,14 +685,11 @@ def holder_pid(path: str) -> int | None:
 def _in_use(path: str) -> ConnectionFileError:
     pid = holder_pid(path)
     by = f"by the kernel with pid {pid}" if pid else "by a kernel that is starting or ending"
-    return ConnectionFileError(
-        f"kernel {kernel_name_of(path)}: the name is in use {by} ({path}); join that one, or choose another name",
-        NAME_IN_USE,
-    )
+    return ConnectionFileError(f"kernel {kernel_name_of(path)}: the name is in use {by} ({path}); "
+                               f"join that one, or choose another name", NAME_IN_USE)
 
 
 # -- tidying up
-
 
 def remove_files(path: str, info: ConnectionInfo) -> None:
     """Remove a connection file, its sockets and its published copy; for who holds the Claim."""
@@ -820,7 +804,6 @@ def _run_in_forked_child() -> None:
 
 # -- who could reach the sockets
 
-
 def check_listening(info: ConnectionInfo, *, is_managed: bool = False) -> list[str]:
     """Refuse to listen where strangers could get in; returns the warnings to log, if any.
 
@@ -830,18 +813,12 @@ def check_listening(info: ConnectionInfo, *, is_managed: bool = False) -> list[s
     is_local = info.transport == "ipc" or is_loopback(info.ip)
     has_curve = info.curve_publickey is not None and info.curve_secretkey is not None
     if not is_local and not has_curve:
-        raise ConnectionFileError(
-            f"ip {_shown(info.ip)} can be reached from other machines, and the connection has no CURVE keys: "
-            f"code and output would travel in clear. Use ip 127.0.0.1, or transport_encryption = required",
-            UNSAFE,
-        )
+        raise _unsafe(f"ip {_shown(info.ip)} can be reached from other machines, and the connection has no CURVE keys: "
+                      f"code and output would travel in clear. Use ip 127.0.0.1, or transport_encryption = required")
     if info.key:
         return []
     if not is_managed or not is_local:
-        raise ConnectionFileError(
-            "the key is empty, so messages would not be signed and anybody who connects could run code; use a key",
-            UNSAFE,
-        )
+        raise _unsafe("the key is empty: messages would not be signed, anybody who connects could run code; use a key")
     return ["the manager gave an empty key: messages are not signed, whoever can connect can run code"]
 
 
