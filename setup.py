@@ -15,7 +15,7 @@ def read(name):
 
 
 # Lower bounds: the oldest versions that test/test_packaging.py installs and runs a cell with.
-REQUIRES = ["ipython>=8.18", "pyzmq>=25.1"]
+REQUIRES = ["ipython>=8.5", "pyzmq>=24.0.1"]
 
 TEST = [
     "bash_kernel",           # a kernel that is not Python
