@@ -30,7 +30,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import zmq
 
-from .connection import ConnectionFileError, ConnectionInfo
+from .connection import ConnectionFileError, ConnectionInfo, is_dead_socket
 from .session import BadMessage, Message, MessageError, Session, SignatureError, encode
 
 logger = logging.getLogger(__name__)
@@ -564,14 +564,17 @@ class Heartbeat:
 
 
 def _check_socket_path(path: str, channel: str) -> None:
-    """ZeroMQ removes whatever stands where an ipc socket goes: let that be an old socket and nothing else."""
+    """ZeroMQ removes whatever stands where an ipc socket goes: let that be a dead socket and nothing else."""
     try:
-        mode = os.lstat(path).st_mode
+        is_dead, is_socket = is_dead_socket(path), stat.S_ISSOCK(os.lstat(path).st_mode)
     except OSError:
         return
-    if not stat.S_ISSOCK(mode):
+    if not is_socket:
         raise ConnectionFileError("%s: cannot listen for %s: something that is not a socket stands there; remove it"
                                   % (path, channel), 5)
+    if not is_dead:
+        raise ConnectionFileError("%s: cannot listen for %s: another program listens there; choose another address"
+                                  % (path, channel), 4)
 
 
 def _descriptors() -> Iterator[int]:
@@ -633,15 +636,21 @@ class ClientChannels:
 
     # -- called by any thread
     def send(self, channel: str, frames: list) -> None:
-        self.outbox.put((channel, frames))
+        self._put((channel, frames))
 
     def call(self, function: Callable[[], None]) -> None:
         """Have twoproc-client call `function`, after everything sent before."""
-        self.outbox.put(function)
+        self._put(function)
+
+    def _put(self, item: Any) -> None:
+        try:
+            self.outbox.put(item)
+        except OSError:
+            pass        # the thread has ended, and the mailbox with it: on_end has told who waits
 
     def close(self, timeout: float = 2.0) -> None:
         """Close all sockets and end the thread; what was sent before has 0.3 s to leave."""
-        self.outbox.put(self._close_soon)
+        self._put(self._close_soon)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 
@@ -706,6 +715,8 @@ class ClientChannels:
             # ZeroMQ's own 100 ms would be the larger part of the wait for a new kernel.
             sock.setsockopt(zmq.RECONNECT_IVL, 5 if is_urgent else 100)
             sock.setsockopt(zmq.RECONNECT_IVL_MAX, 0 if is_urgent else 1000)
+            if channel == "hb":
+                sock.setsockopt(zmq.SNDHWM, 2)      # pings for a dead kernel are not kept for its successor
             if info.curve_publickey:
                 # As stock Jupyter clients do, the client shows the kernel's own key pair; a connection file
                 # without the secret half is served by kernels that ask for no particular client.
@@ -733,7 +744,6 @@ class ClientChannels:
     def _close_sockets(self, linger: int) -> None:
         if "shell" in self._sockets:
             self._sockets["shell"].disable_monitor()
-            self._sockets.pop("link", None)
         for sock in self._channels:
             self._poller.unregister(sock)
         for sock in self._sockets.values():

@@ -724,7 +724,7 @@ def remove_stale(folder: str | None = None) -> list[str]:
                     path = path.removesuffix(".lock")
                     if _remove_if_stale(path):
                         removed.append(kernel_name_of(path))
-                elif (entry.endswith(".tmp") or _is_dead_socket(path)) and not _is_fresh(path):
+                elif (entry.endswith(".tmp") or is_dead_socket(path)) and not _is_fresh(path):
                     os.unlink(path)
     return removed
 
@@ -750,7 +750,7 @@ def _remove_if_stale(path: str) -> bool:
     return True
 
 
-def _is_dead_socket(path: str) -> bool:
+def is_dead_socket(path: str) -> bool:
     """Whether it is a socket file with nobody behind it, as SIGKILL leaves them."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         return False

@@ -678,7 +678,12 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
     warnings = connection.check_listening(info, is_managed=is_managed)
     claim = connection.Claim(path)
     try:
-        kernel = Kernel(KernelChannels(info, limits), settings["kernel.completion_seconds"], arguments.orphan_timeout)
+        channels = KernelChannels(info, limits)
+    except BaseException:
+        claim.release()         # a manager's file stays where it is
+        raise
+    try:
+        kernel = Kernel(channels, settings["kernel.completion_seconds"], arguments.orphan_timeout)
         info = kernel.channels.info._replace(extra={**kernel.channels.info.extra, "twoproc_pid": os.getpid()})
 
         def tidy() -> None:
