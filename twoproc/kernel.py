@@ -537,9 +537,12 @@ class Helpers:
         if not waiting or not self._ready:
             return None
         for task in waiting:
-            if now >= task.deadline and task.claim():
+            if now < task.deadline:
+                continue
+            task.is_replaced = task.is_started and self._threads < self.LIMIT
+            if task.claim():
                 self._finish(task, self.EMPTY[task.message.msg_type](task.message.content))
-                if task.is_started and self._threads < self.LIMIT:
+                if task.is_replaced:
                     self._add_thread()
         return max(0.0, min(task.deadline for task in waiting) - now)
 
@@ -556,8 +559,8 @@ class Helpers:
                 content = {"status": "error", "ename": type(error).__name__, "evalue": str(error), "traceback": []}
             if task.claim():
                 self._finish(task, content)
-            else:
-                self._threads -= 1              # we were late, somebody took our place
+            elif task.is_replaced:              # we were late, somebody took our place
+                self._threads -= 1
                 return
 
     def _finish(self, task: Task, content: dict) -> None:
@@ -579,6 +582,7 @@ class Task:
     def __init__(self, message: Message, deadline: float):
         self.message, self.deadline = message, deadline
         self.is_started = self.is_answered = False
+        self.is_replaced = False    # twoproc-io's, decided before its claim: the thread that is late may go
         self._once = threading.Lock()
 
     def claim(self) -> bool:
