@@ -313,6 +313,7 @@ class Requests(unittest.TestCase):
                  ("history_request", {"hist_access_type": "bogus"}, "hist_access_type"),
                  ("history_request", {}, "hist_access_type"),
                  ("history_request", {"hist_access_type": "tail", "n": -1}, "n"),
+                 ("history_request", {"hist_access_type": "tail", "n": 1 << 63}, "n"),
                  ("is_complete_request", {"code": None}, "code"), ("comm_open", {"comm_id": "1"}, "target_name"),
                  ("comm_msg", {"data": {}}, "comm_id"), ("input_reply", {}, "value"),
                  ("input_reply", {"value": 5}, "value")]
