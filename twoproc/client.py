@@ -28,7 +28,6 @@ import json
 import os
 import queue
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -42,7 +41,8 @@ from .session import MESSAGES, Message, Session
 # A kernel may reply and then never send its idle: after so many seconds without a message of that request
 # its reply is enough.  A kernel with megabytes of output still to send keeps sending.
 IDLE_PATIENCE = 5.0
-# Output that a slow caller has not taken yet: beyond it iopub is left unread until half of it is taken.
+# Output of one request that its caller has not taken yet: beyond it iopub is left unread, for everybody, until
+# half of it is taken, so that the kernel waits instead of our memory growing.
 UNREAD_CHARS = 64 << 20
 # The last words of a dead kernel are already on the way: wait for this much silence, but no longer than that.
 LAST_WORDS, LAST_WORDS_AT_MOST = 0.03, 0.4
@@ -69,8 +69,8 @@ def connect(target: Any = None, timeout: float | None = None, **options: Any) ->
     """A client of a running kernel that has answered, and whose output arrives here from now on.
 
     target: None for the newest kernel of this user, a connection file, a kernel's name or the beginning of
-    one, a ConnectionInfo, or a launcher.KernelProcess.  timeout: by default 5 s, for a process that we
-    started 60 s.  options: those of Client.
+    one, a ConnectionInfo, or a launcher.KernelProcess.  timeout: by default at most 5 s, for a process that
+    we started 60 s.  options: those of Client.
     Raises ConnectionFileError, NotReady with the cause, or KernelDied.
     """
     client = Client(target, **options)
@@ -120,6 +120,8 @@ class Pending:
         self._allows_input = allows_input
         self._on_message = on_message
         self._inbox: deque = deque()            # (channel, Message); twoproc-client appends, the waiter takes
+        # Sizes of what went in and came out: each has one writer, so their difference needs no lock.
+        self._received_chars = self._taken_chars = 0
         self._bell = Bell()
         self._heard_at = time.monotonic()
 
@@ -140,7 +142,7 @@ class Pending:
             while self._inbox:
                 if deadline is not None and time.monotonic() > deadline:
                     raise self._timeout_error(timeout)
-                self._handle(*self._take(), on_output, on_input)
+                self._handle(self._inbox[0], on_output, on_input)
             if is_done:
                 return self.reply
             if error is not None:
@@ -162,27 +164,47 @@ class Pending:
 
         For a user who interrupted a flood.  Questions of the kernel are kept.
         """
-        taken = [self._take() for _ in range(len(self._inbox))]
-        self._inbox.extendleft(reversed([entry for entry in taken if entry[0] == "stdin"]))
-        return sum(1 for channel, _ in taken if channel == "iopub")
+        entries = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        self._inbox.extendleft(entry for entry in reversed(entries) if entry[0] == "stdin")
+        output = [entry for entry in entries if entry[0] == "iopub"]
+        for entry in output:
+            self._count_taken(entry)
+        return len(output)
 
     def cancel(self) -> None:
         """Expect nothing more: what still comes is dropped.  The kernel is not told; that is `interrupt`."""
         self.client._forget(self)
         self.is_done = True
+        self.discard_output()
         self._bell.ring()
 
-    def _take(self) -> tuple[str, Message]:
-        channel, message = self._inbox.popleft()
-        if channel == "iopub":
-            self.client._count_unread(-_size(message))
-        return channel, message
-
-    def _handle(self, channel: str, message: Message, on_output: Callable | None, on_input: Callable | None) -> None:
-        if channel != "stdin":
-            if on_output is not None:
-                on_output(message)
+    def _take(self, entry: tuple[str, Message]) -> None:
+        """Remove the first entry of the inbox, if it still is this one."""
+        if not self._inbox or self._inbox[0] is not entry:
             return
+        self._inbox.popleft()
+        self._count_taken(entry)
+
+    def _count_taken(self, entry: tuple[str, Message]) -> None:
+        self._taken_chars += _size(entry[1])
+        if self.client._is_paused and self._unread_chars() < UNREAD_CHARS // 2:
+            self.client._resume()
+
+    def _unread_chars(self) -> int:
+        return self._received_chars - self._taken_chars
+
+    def _handle(self, entry: tuple[str, Message], on_output: Callable | None, on_input: Callable | None) -> None:
+        # Taken when it was handled, well or badly: Ctrl-C before that leaves it for the next wait.
+        try:
+            channel, message = entry
+            if channel == "stdin":
+                self._answer(message, on_input)
+            elif on_output is not None:
+                on_output(message)
+        finally:
+            self._take(entry)
+
+    def _answer(self, message: Message, on_input: Callable | None) -> None:
         value = END_OF_INPUT
         if on_input is not None:
             try:
@@ -217,8 +239,9 @@ class Pending:
             self._on_message(message)
         if channel == "stdin" or channel == "iopub" and self._needs_idle and self._on_message is None:
             self._inbox.append((channel, message))
-            if channel == "iopub":
-                self.client._count_unread(_size(message))
+            self._received_chars += _size(message)
+            if self._unread_chars() > UNREAD_CHARS:
+                self.client._pause(self)
         if (self.reply is not None or not self._needs_reply) and (self.is_idle or not self._needs_idle):
             self.client._forget(self)
             self.is_done = True
@@ -237,12 +260,14 @@ def _size(message: Message) -> int:
 class Client:
     """A connection to one kernel.  Thread-safe; every method that waits has a time limit.
 
-    target: as for `connect`.  username: how others see us.  heartbeat: seconds between two pings, 0: none.
+    target: as for `connect`.  process: the KernelProcess behind a target that is a file or a ConnectionInfo.
+    username: how others see us.  heartbeat: seconds between two pings, 0: none.
     Making one returns at once: `wait_ready` waits until there is somebody at the other end.
     """
 
-    def __init__(self, target: Any = None, *, username: str | None = None, heartbeat: float | None = None):
-        self.process: Any = None                    # the launcher.KernelProcess, when we were given one
+    def __init__(self, target: Any = None, *, process: Any = None, username: str | None = None,
+                 heartbeat: float | None = None):
+        self.process = process                      # the launcher.KernelProcess, if this program started it
         self.connection_file: str | None = None     # None when we were given a ConnectionInfo
         if isinstance(target, ConnectionInfo):
             self.info = target
@@ -262,8 +287,7 @@ class Client:
         self._ready_bell = Bell()
         self._sees_output = False           # something arrived on iopub: the subscription stands
         self._was_connected = False         # since the last reset
-        self._unread_chars = 0
-        self._unread_lock = threading.Lock()    # for that sum; held for one addition, never across a call
+        self._is_paused = False             # iopub is not read: somebody's inbox is full
         self._dying: tuple[float, float, str] | None = None     # quiet until, at the latest, cause
         self._shutdown: Message | None = None       # the shutdown_reply that a kernel publishes to all
         self._is_closed = False
@@ -302,8 +326,9 @@ class Client:
 
         Raises NotReady with the cause, at once where it is certain, else when `timeout` is over, and KernelDied.
         """
+        may_give_up = timeout is None and self.process is None
         if timeout is None:
-            timeout = 60.0 if self.process is not None else 5.0
+            timeout = 4.0 if may_give_up else 60.0      # and a second to find the cause
         start = time.monotonic()
         probes: list[Pending] = []
         control: Pending | None = None
@@ -326,7 +351,7 @@ class Client:
                 self.kernel_info_reply = next((probe.reply for probe in probes if probe.reply), None)
                 if self.kernel_info_reply is not None and self._sees_output:
                     return self.kernel_info_reply
-                if now >= start + timeout or (self._is_hopeless(now - start) and self.process is None):
+                if now >= start + timeout or self._is_hopeless(now - start, may_give_up):
                     raise self._diagnose(control, timeout)
                 if now >= probe_at:
                     # A kernel without iopub_welcome shows that the subscription stands by a status, and for
@@ -503,11 +528,9 @@ class Client:
     def _forget(self, pending: Pending) -> None:
         self._table.pop(pending.msg_id, None)
 
-    def _count_unread(self, chars: int) -> None:
-        with self._unread_lock:
-            before, self._unread_chars = self._unread_chars, self._unread_chars + chars
-        if self._unread_chars < UNREAD_CHARS // 2 <= before and chars < 0:
-            self._channels.call(lambda: self._channels.read_output(True))
+    def _resume(self) -> None:
+        self._is_paused = False
+        self._channels.call(lambda: self._channels.read_output(True))
 
     # -- run by twoproc-client only
     def _receive(self, batch: list) -> None:
@@ -527,11 +550,17 @@ class Client:
         for pending in woken.values():
             pending._bell.ring()
         self._ready_bell.ring()
-        if self._unread_chars > UNREAD_CHARS:
-            self._channels.read_output(False)
         if self._dying is not None:
             _, latest, cause = self._dying
             self._dying = min(time.monotonic() + LAST_WORDS, latest), latest, cause
+
+    def _pause(self, pending: Pending) -> None:
+        # Flag first, then look again: whoever takes from now on sees the flag and resumes.
+        self._is_paused = True
+        if pending._unread_chars() < UNREAD_CHARS // 2:
+            self._is_paused = False
+        else:
+            self._channels.read_output(False)
 
     def _note_output(self, message: Message) -> None:
         self._sees_output = True
@@ -600,9 +629,8 @@ class Client:
     def _begin_dying(self, cause: str) -> None:
         if self.died is None and self._dying is None:
             if self._shutdown is not None:
-                who = self._shutdown.parent_header.get("username") or "a client"
-                verb = "restarted" if self._shutdown.content.get("restart") is True else "shut down"
-                cause = "%s by %s" % (verb, who if who != self.username else "%s (%s)" % (who, cause))
+                cause = "%s by %s" % ("restarted" if self._shutdown.content.get("restart") is True else "shut down",
+                                      self._shutdown.parent_header.get("username") or "a client")
             now = time.monotonic()
             self._dying = now + LAST_WORDS, now + LAST_WORDS_AT_MOST, cause
 
@@ -610,7 +638,7 @@ class Client:
         self.died, self._dying = KernelDied(cause), None
         self.execution_state = ""
         self._fail_all(self.died)
-        self._sees_output = self._was_connected = False
+        self._sees_output = self._was_connected = self._is_paused = False
         self._shutdown = None
         # Its own launcher starts it again in a moment, others in their own time.
         self._channels.reset(is_urgent=self._is_started_again() or getattr(self.process, "is_restarting", False))
@@ -648,12 +676,12 @@ class Client:
         sys.excepthook(type(error), error, error.__traceback__)
 
     # -- why attaching failed
-    def _is_hopeless(self, waited: float) -> bool:
+    def _is_hopeless(self, waited: float, may_give_up: bool) -> bool:
         """Nothing but a change at the other end would help: no need to wait until the time is over."""
-        if self._sees_output or self._channels.answered_at is not None and not self._channels.bad_signatures:
+        if self._sees_output:
             return False
-        return (waited > 1.0 and (self._channels.link in ("refused", "rejected", "disconnected"))
-                or waited > 0.5 and self._channels.bad_signatures > 0)
+        return (self._channels.bad_signatures > 0 and waited > 0.5
+                or may_give_up and self._channels.link not in ("", "connected") and waited > 1.0)
 
     def _diagnose(self, control: Pending | None, timeout: float) -> NotReady:
         """The cause, from what was and was not heard, and from a look at each address."""
@@ -665,11 +693,16 @@ class Client:
             return NotReady("output", "the kernel answers, but no output arrived from iopub at %s %s"
                                       % (self.info.url("iopub"), waited))
         for channel in connection.CHANNELS:
-            problem = _knock(self.info, channel)
-            if problem is not None:
-                return NotReady(*problem)
+            mechanism = _knock(self.info, channel)
+            if isinstance(mechanism, NotReady):
+                return mechanism
+            if mechanism is None:
+                break       # it takes connections and says nothing: it is stopped, no use to try the others
         if control is not None and control.reply is not None:
             return NotReady("busy", "the kernel is busy: it answers on control, but not on shell %s" % waited)
+        if self.info.curve_publickey and not self._was_connected:
+            return NotReady("key", "the kernel at %s is encrypted with another key than the connection file's: is the "
+                                   "file from an earlier kernel?" % self.info.url("shell"))
         if self._channels.answered_at is not None:
             return NotReady("key", "the kernel's heartbeat answers, but no request was answered %s: either the key "
                                    "in the connection file is wrong, or the kernel is busy" % waited)
@@ -704,33 +737,28 @@ def _fileno(descriptor: Any) -> int:
     return descriptor if type(descriptor) is int else descriptor.fileno()
 
 
-# The first 64 bytes of every ZeroMQ connection (RFC 23): signature, version, then the security mechanism.
-_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+# How every ZeroMQ connection begins (RFC 23): signature and version.  The other side then sends the same and its
+# security mechanism; what we would send next could make it hang up before that.
+_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
 
 
-def _knock(info: ConnectionInfo, channel: str) -> tuple[str, str] | None:
-    """(reason, text) if one address cannot be reached, or is not a ZeroMQ socket with the mechanism we expect."""
+def _knock(info: ConnectionInfo, channel: str) -> NotReady | str | None:
+    """Connect to one address as ZeroMQ would: why that fails, else its security mechanism, None if it is silent."""
     import socket
     url = info.url(channel)
-    if info.transport == "ipc":
-        family, address = getattr(socket, "AF_UNIX", None), url[len("ipc://"):]
-    else:
-        family, address = None, (info.ip.strip("[]"), info.port(channel))
     seen = b""
     try:
-        if isinstance(address, tuple):
-            sock = socket.create_connection(address, 1.0)
+        if info.transport == "ipc":
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(0.5)
+            sock.connect(url[len("ipc://"):])
         else:
-            sock = socket.socket(family)
+            sock = socket.create_connection((info.ip.strip("[]"), info.port(channel)), 1.0)
     except OSError as error:
-        return "refused", _nothing_listens(channel, url, error)
+        return NotReady("refused", "nothing listens for %s at %s (%s): has the kernel ended?"
+                        % (channel, url, error.strerror or error))
     with sock:
-        sock.settimeout(1.0)
-        try:
-            if not isinstance(address, tuple):
-                sock.connect(address)
-        except OSError as error:
-            return "refused", _nothing_listens(channel, url, error)
+        sock.settimeout(0.5)
         try:
             sock.sendall(_GREETING)
             while len(seen) < 32:
@@ -738,19 +766,16 @@ def _knock(info: ConnectionInfo, channel: str) -> tuple[str, str] | None:
                 if not part:
                     break
                 seen += part
+        except TimeoutError:
+            return None
         except OSError:
-            pass
-    if len(seen) < 32:
-        # A stopped process accepts and says nothing: that is told by the caller.
-        return None if not seen else ("refused", "%s: what listens for %s is not a Jupyter kernel" % (url, channel))
+            pass        # cut off
+    if len(seen) < 32 or not seen.startswith(b"\xff"):
+        return NotReady("refused", "what listens for %s at %s is not a Jupyter kernel" % (channel, url))
     mechanism = seen[12:32].rstrip(b"\0").decode("ascii", "replace")
     expected = "CURVE" if info.curve_publickey else "NULL"
     if mechanism != expected:
         words = {"NULL": "without encryption", "CURVE": "encrypted"}
-        return "encryption", "the kernel at %s talks %s, the connection file says %s: is the file from an earlier " \
-                             "kernel?" % (url, words.get(mechanism, mechanism), words[expected])
-    return None
-
-
-def _nothing_listens(channel: str, url: str, error: OSError) -> str:
-    return "nothing listens for %s at %s (%s): has the kernel ended?" % (channel, url, error.strerror or error)
+        return NotReady("encryption", "the kernel at %s talks %s, the connection file says %s: is the file from an "
+                        "earlier kernel?" % (url, words.get(mechanism, mechanism), words[expected]))
+    return mechanism

@@ -124,8 +124,8 @@ class KernelProcess:
         if not self.is_ours and self._claim is None:
             # The other kernels know nothing of claims: theirs is this descriptor, which they inherit.
             self._claim = connection.Claim(self.connection_file)
-        if self._claim is not None and self._claim._fd >= 0 and os.name == "posix":
-            options["pass_fds"] = [self._claim._fd]
+        if self._claim is not None and self._claim.fileno() >= 0 and os.name == "posix":
+            options["pass_fds"] = [self._claim.fileno()]
         # Append: what several processes write does not overwrite each other.
         log = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
                       | getattr(os, "O_NOFOLLOW", 0), 0o600)
@@ -237,8 +237,10 @@ class KernelProcess:
         self._ended.set()
 
     def _name_cause(self, returncode: int) -> str:
+        if self._is_expected and returncode == 0:
+            return "restarted" if self.is_restarting else "shut down"
         if returncode >= 0:
-            return "shut down" if self._is_expected and returncode == 0 else "exit status %d" % returncode
+            return "exit status %d" % returncode
         number = -returncode
         try:
             name = signal.Signals(number).name
@@ -332,30 +334,23 @@ class KernelProcess:
         """Send one request on control and wait for its reply; a kernel that gives none is a case for signals."""
         from .client import Client, KernelDied      # here: a launcher alone needs no ZeroMQ
         try:
-            with Client(self._info, heartbeat=0) as client:
-                self.on_death(client._hear_process)
-                try:
-                    client.submit(msg_type, content, channel="control").wait(timeout)
-                finally:
-                    self.on_death(client._hear_process, remove=True)
+            with Client(self._info, process=self, heartbeat=0) as client:
+                client.submit(msg_type, content, channel="control").wait(timeout)
         except (TimeoutError, KernelDied):
             pass
 
     def _remove_files(self) -> None:
-        """After a clean end nothing is left; a claim that a kernel of ours still holds protects its files."""
+        """After a clean end nothing is left."""
         if self.is_alive:
             return
-        if self._claim is not None or not connection.is_claimed(self.connection_file):
-            connection.remove_files(self.connection_file, self._info)
-            paths = [self.log_file]
-            if self._claim is not None:
-                self._claim.release()
-                self._claim = None
-            else:
-                paths.append(connection.lock_path(self.connection_file))    # the name is free again
-            for path in paths:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+        try:
+            claim, self._claim = self._claim or connection.Claim(self.connection_file), None
+        except connection.ConnectionFileError:
+            return      # another kernel has the name by now, and the files are its own
+        connection.remove_files(self.connection_file, self._info)
+        with contextlib.suppress(OSError):
+            os.unlink(self.log_file)
+        claim.release()
 
     def __enter__(self) -> KernelProcess:
         return self
