@@ -29,14 +29,16 @@ import keyword
 import logging
 import os
 import re
+import select
 import signal
 import sys
-import time
 import threading
+import time
 import traceback
 import uuid
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 from IPython.core import page, release
 from IPython.core.application import ENV_CONFIG_DIRS, SYSTEM_CONFIG_DIRS, ProfileDir
@@ -59,12 +61,13 @@ from .session import Message
 
 __all__ = ["Interpreter", "StdinNotImplementedError", "ZMQInteractiveShell"]
 
-log = logging.getLogger("twoproc")
+log = logging.getLogger(__package__)
 
 # How long tasks that a cancelled cell left may take to end; then they are left alone.
 CANCEL_SECONDS = 1.0
 # How long another process may keep history.sqlite locked before we try again later; and, at exit, give up.
 LOCK_SECONDS, LAST_LOCK_SECONDS = 0.2, 2.0
+LOCKED_PAUSE_SECONDS = 10.0
 
 
 # -- 1. One method per request ---------------------------------------------------------------------
@@ -97,7 +100,9 @@ class Interpreter:
         self._parent: contextvars.ContextVar = contextvars.ContextVar("twoproc parent")
         self._latest_parent: Message | None = None    # written by main only; threads without one of their own read it
         self._loop: Any = None
+        self._awaiting: Any = None                    # the loop while a cell awaits on it; written by main only
         self._interruption: BaseException | None = None
+        self._silent_thread = 0                       # completes; IPython gives what fails there to sys.excepthook
         self._is_starting = True
         self._startup_report = ""
         self.comm_manager = CommManager(self)
@@ -176,7 +181,7 @@ class Interpreter:
 
     # -- whose output is it
 
-    def set_parent(self, message: Message) -> None:
+    def set_parent(self, message: Message | None) -> None:
         """From now on output belongs to this request: in main, and in threads that have no parent of their own."""
         self._parent.set(message)
         self._latest_parent = message
@@ -227,7 +232,8 @@ class Interpreter:
             reply = {"status": "error", **describe(error), "user_expressions": {}}
         reply["execution_count"] = shell.execution_count - 1
         reply["payload"] = shell.payload_manager.read_payload()
-        shell.payload_manager.clear_payload()
+        if reply["payload"]:
+            shell.payload_manager.clear_payload()
         return reply
 
     # -- asked while a cell may be running, from a helper thread
@@ -237,8 +243,12 @@ class Interpreter:
         from IPython.core.completer import provisionalcompleter, rectify_completions
         completions: list = []
         # The user's objects answer here (__dir__, __getattr__): whatever they raise is no completion.
-        with contextlib.suppress(Exception), provisionalcompleter():
-            completions = list(rectify_completions(code, self.shell.Completer.completions(code, cursor_pos)))
+        self._silent_thread = threading.get_ident()
+        try:
+            with contextlib.suppress(Exception), provisionalcompleter():
+                completions = list(rectify_completions(code, self.shell.Completer.completions(code, cursor_pos)))
+        finally:
+            self._silent_thread = 0
         start, end = (completions[0].start, completions[0].end) if completions else (cursor_pos, cursor_pos)
         return {"status": "ok", "matches": [found.text for found in completions],
                 "cursor_start": start, "cursor_end": end, "metadata": {"_jupyter_types_experimental": [
@@ -284,11 +294,10 @@ class Interpreter:
             return {"status": "ok", "history": []}
 
     def has_unwritten_history(self) -> bool:
-        manager = self.shell.history_manager
-        return bool(manager.db_input_cache or manager.db_output_cache)
+        return self.shell.history_manager.has_unwritten()
 
     def write_history(self) -> None:
-        """Write the inputs of finished cells to history.sqlite; called when the kernel is idle."""
+        """Write the inputs of finished cells to history.sqlite; called when the kernel has been idle for a while."""
         self.shell.history_manager.writeout_cache()
 
     # -- comms
@@ -335,7 +344,7 @@ class Interpreter:
         if loop is None or loop.is_closed():
             return False
         # Timers and servers are no tasks; where a loop has other insides than asyncio's own, tasks must do.
-        if getattr(loop, "_ready", None) or getattr(loop, "_scheduled", None):
+        if not all(handle.cancelled() for name in ("_ready", "_scheduled") for handle in getattr(loop, name, ())):
             return True
         selector = getattr(loop, "_selector", None)
         if selector is not None and len(selector.get_map()) > 1:       # 1: the loop's own wake-up
@@ -344,28 +353,53 @@ class Interpreter:
 
     @property
     def inputhook(self) -> Callable | None:
-        """The event loop of a toolkit that %gui asked for."""
+        """What %gui has asked for: a function that runs a toolkit's event loop until input is ready."""
         return self.shell.inputhook
 
     def wait_for(self, mailbox: Any) -> None:
-        """Let pending tasks, or a toolkit's windows, go on until `mailbox` (fileno() and len()) has something."""
-        if self.inputhook is not None:
-            self.inputhook(InputHookContext(mailbox))
-            if not len(mailbox):
-                time.sleep(0.01)            # a hook with nothing to show returns at once
+        """Let tasks and windows of the user go on until there is something in the mailbox, or a little longer.
+
+        mailbox: len() and fileno(), as channels.Mailbox.  To be called while inputhook or has_pending_tasks() ask
+        for it.  With a hook, tasks go on only where the toolkit lets us in between (it polls, or has no window).
+        """
+        hook = self.shell.inputhook
+        if hook is None:
+            self._run_loop(mailbox, 1.0 if self.has_unwritten_history() else None)
+            if not mailbox:
+                self.write_history()
             return
+        try:
+            hook(HookContext(mailbox, self.has_pending_tasks))
+        except Exception:                            # the toolkit's, or a callback of the user's in it
+            self.shell.inputhook = None
+            self.shell.showtraceback()
+        if not mailbox:
+            # The hook has no window to wait with.  20 times a second we look whether that has changed.
+            if self.has_pending_tasks():
+                self._run_loop(mailbox, 0.05)
+            else:
+                select.select([mailbox], [], [], 0.05)
+
+    def _run_loop(self, mailbox: Any, seconds: float | None) -> None:
         loop = self.loop
+        timer = None if seconds is None else loop.call_later(seconds, loop.stop)
         loop.add_reader(mailbox.fileno(), loop.stop)
         try:
-            loop.run_forever()
+            if not mailbox:
+                loop.run_forever()
         finally:
             loop.remove_reader(mailbox.fileno())
+            if timer is not None:
+                timer.cancel()
 
     def call_in_running_loop(self, function: Callable[[], None]) -> None:
-        """Called by any thread: run `function` in main's loop if a cell awaits in it just now."""
-        loop = self._loop
-        if loop is not None and loop.is_running():
-            with contextlib.suppress(RuntimeError):     # closed in this very moment
+        """If a cell awaits, have main call this soon, between two steps of its tasks; otherwise do nothing.
+
+        Called from any thread.
+        """
+        loop = self._awaiting
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):      # closed meanwhile
                 loop.call_soon_threadsafe(function)
 
     def _offer_loop(self, code: str) -> None:
@@ -376,7 +410,7 @@ class Interpreter:
         """
         if ("asyncio" in sys.modules or "asyncio" in code) and (self._loop is None or current_loop() is None):
             if self._loop is None or self._loop.is_closed():
-                self.loop
+                _ = self.loop
             else:
                 sys.modules["asyncio"].set_event_loop(self._loop)
 
@@ -396,12 +430,14 @@ class Interpreter:
 
         task = loop.create_task(cell())
         try:
+            self._awaiting = loop
             result = loop.run_until_complete(task)
-            if isinstance(result.error_in_exec, KeyboardInterrupt):
+            self._awaiting = None
+            if isinstance(getattr(result, "error_in_exec", None), KeyboardInterrupt):
                 self._cancel(asyncio.all_tasks(loop) - before)
         except BaseException as error:
             # Born in the selector or in a step of a task that the cell had made; the cell itself still waits.
-            self._interruption = error
+            self._awaiting, self._interruption = None, error
             try:
                 self._cancel(asyncio.all_tasks(loop) - before)
             finally:
@@ -436,15 +472,15 @@ class Interpreter:
             manager.end_session()
 
 
-class InputHookContext:
-    """What IPython's input hooks look at to know when to return."""
+class HookContext:
+    """What prompt_toolkit would give an input hook: a descriptor, and whether there is input."""
 
-    def __init__(self, mailbox: Any):
+    def __init__(self, mailbox: Any, has_more: Callable[[], bool]):
+        self._mailbox, self._has_more = mailbox, has_more
         self.fileno = mailbox.fileno
-        self._mailbox = mailbox
 
     def input_is_ready(self) -> bool:
-        return len(self._mailbox) > 0
+        return bool(self._mailbox) or self._has_more()
 
 
 def describe(error: BaseException) -> dict:
@@ -541,7 +577,7 @@ def flush_streams() -> None:
 class ResultHook(DisplayHook):
     """sys.displayhook: the value of a cell's last expression becomes execute_result."""
 
-    content: dict | None = None
+    content: Any = None                     # of the execute_result that is being made
 
     def quiet(self) -> bool:
         cell = self.shell.cell
@@ -770,6 +806,11 @@ class ZMQInteractiveShell(InteractiveShell):
         self.is_display_broken = self.displayhook.content is not None or self.is_display_broken
         self.publish("error", dict(self.last_error))
 
+    def excepthook(self, etype, value, tb) -> None:
+        """sys.excepthook: for toolkits that hand the errors of callbacks to it."""
+        if threading.get_ident() != self.interpreter._silent_thread:
+            self.showtraceback((etype, value, tb), tb_offset=0)
+
     def show_usage_error(self, exc) -> None:
         self._showtraceback(UsageError, exc, ["UsageError: %s" % exc])
 
@@ -860,6 +901,9 @@ def interrupt_child(process) -> None:
     Ctrl-C in a terminal reaches every process of the foreground job; we have no terminal, so where the process
     group is our own the whole group gets the signal: a pipeline ends with it, not only the shell that started it.
     """
+    with contextlib.suppress(Exception):
+        process.wait(0.1)               # who interrupted us may have interrupted the whole group
+        return
     if os.name == "posix" and os.getpgrp() == os.getpid():
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -953,7 +997,11 @@ class History(HistoryManager):
 
     # Reading and writing may come from main and from a helper thread; never held while user code runs.
     db_lock: threading.RLock
+    db: Any
+    db_input_cache: list
+    db_output_cache: list
     _is_open = False
+    _last_line = 0                                  # of this session, in the file
     _has_complained = False
 
     def __init__(self, shell, parent=None, **traits):
@@ -964,6 +1012,12 @@ class History(HistoryManager):
         wanted = parent.config.HistoryManager.get("hist_file", None) if parent is not None else None
         self.path = str(wanted or os.path.join(shell.profile_dir.location, "history.sqlite"))
         self.db_cache_size = sys.maxsize            # nobody waits on the flag that IPython would set
+        self._locked_until = 0.0
+
+    @default("enabled")
+    def _is_sqlite_there(self) -> bool:
+        from importlib.util import find_spec         # without the import, 3 ms of every start
+        return find_spec("_sqlite3") is not None
 
     def init_db(self) -> None:
         pass                                        # called by IPython at start; `db` opens when first used
@@ -998,14 +1052,18 @@ class History(HistoryManager):
 
     def new_session(self, conn=None) -> None:
         """Number this session: called by IPython at start and by %reset; the row is written with the first input."""
-        self.session_number = 0
+        self.session_number = self._last_line = 0
 
     def _start_session(self) -> None:
         import datetime
         if self.session_number == 0:
-            with self.db:
-                self.session_number = self.db.execute("INSERT INTO sessions VALUES (NULL, ?, NULL, NULL, '')", (
-                    datetime.datetime.now().isoformat(" "),)).lastrowid
+            self.session_number = self.db.execute("INSERT INTO sessions VALUES (NULL, ?, NULL, NULL, '')", (
+                datetime.datetime.now().isoformat(" "),)).lastrowid
+
+    def has_unwritten(self) -> bool:
+        """Whether writeout_cache has something to do; False for a while after the file was found locked."""
+        return bool(self.db_input_cache or self.db_output_cache) and self.enabled \
+            and time.monotonic() > self._locked_until
 
     def writeout_cache(self, conn=None) -> None:
         """Write what has collected; what cannot be written now, because the file is locked, waits for the next time."""
@@ -1022,6 +1080,7 @@ class History(HistoryManager):
                 self._write(inputs, outputs)
             except Exception as error:
                 if is_locked(error):
+                    self._locked_until = time.monotonic() + LOCKED_PAUSE_SECONDS
                     with self.db_input_cache_lock:
                         self.db_input_cache = inputs + self.db_input_cache
                     with self.db_output_cache_lock:
@@ -1030,18 +1089,20 @@ class History(HistoryManager):
                     self._leave_file(error, inputs, outputs)
 
     def _write(self, inputs: list, outputs: list) -> None:
-        import sqlite3
-        for attempt in range(2):
-            self._start_session()
-            number = self.session_number
-            try:
-                with self.db:
-                    self.db.executemany("INSERT INTO history VALUES (?, ?, ?, ?)", [(number, *line) for line in inputs])
-                    self.db.executemany("INSERT OR REPLACE INTO output_history VALUES (?, ?, ?)",
-                                        [(number, *line) for line in outputs])
-                return
-            except sqlite3.IntegrityError:
-                self.session_number = 0              # %reset starts counting again: a session of its own
+        before = self.session_number, self._last_line
+        try:
+            with self.db:
+                for line in inputs:
+                    if line[0] <= self._last_line:
+                        self.session_number = 0      # somebody set the count back: a session of its own
+                    self._start_session()
+                    self.db.execute("INSERT INTO history VALUES (?, ?, ?, ?)", (self.session_number, *line))
+                    self._last_line = line[0]
+                self.db.executemany("INSERT OR REPLACE INTO output_history VALUES (?, ?, ?)",
+                                    [(self.session_number, *line) for line in outputs])
+        except BaseException:
+            self.session_number, self._last_line = before
+            raise
 
     def _leave_file(self, error: Exception, inputs: list, outputs: list) -> None:
         import sqlite3
@@ -1050,7 +1111,7 @@ class History(HistoryManager):
             self.db.close()
         self.path = ":memory:"
         self.db = self._connect(sqlite3, ":memory:")
-        self.session_number = 0
+        self.new_session()
         with contextlib.suppress(sqlite3.Error):
             self._write(inputs, outputs)
 
@@ -1059,20 +1120,25 @@ class History(HistoryManager):
         if not self._has_complained:
             self._has_complained = True
             self.shell.publish("stream", {"name": "stderr", "text":
-                "history file %s: %s; the inputs of this session stay in memory only. Repair the file or move it away.\n"
-                % (self.path, error)})
+                "history file %s: %s; the inputs of this session stay in memory only. Repair the file or move it "
+                "away.\n" % (self.path, error)})
 
     def get_range(self, session=0, start=1, stop=None, raw=True, output=False):
         if session < 0:                              # counted back from ours, which must have a number for that
-            with self.db_lock, contextlib.suppress(Exception):
+            with self.db_lock, contextlib.suppress(Exception), self.db:
                 self._start_session()
         return super().get_range(session, start, stop, raw, output)
 
     def get_session_info(self, session=0):
         if session <= 0:
-            with self.db_lock, contextlib.suppress(Exception):
+            with self.db_lock, contextlib.suppress(Exception), self.db:
                 self._start_session()
         return super().get_session_info(session)
+
+    def reset(self, new_session=True) -> None:
+        if new_session:
+            self.end_session()                       # while the numbers of its lines are still its own
+        super().reset(new_session)
 
     def end_session(self) -> None:
         """Write the rest and close the session's row; waits longer for a lock, this is the last time."""
@@ -1092,7 +1158,7 @@ class History(HistoryManager):
                     raise TimeoutError("locked by another process for %d s" % LAST_LOCK_SECONDS)
         except Exception as error:                   # the end of the kernel does not depend on it
             self.complain(error)
-        self.session_number = 0
+        self.new_session()
 
 
 def is_locked(error: Exception) -> bool:
