@@ -135,8 +135,9 @@ class Subject:
         self.name, self.argv, self.folder, self.transport = name, argv, folder, transport
         home = os.path.join(folder, "home-" + name)
         os.makedirs(home, exist_ok=True)
+        # PYTHONDONTWRITEBYTECODE would have a kernel that is not installed compiled at every start.
         self.env = {name: value for name, value in os.environ.items()
-                    if not name.startswith(("JUPYTER_", "JPY_", "XDG_", "TWOPROC_"))}
+                    if not name.startswith(("JUPYTER_", "JPY_", "XDG_", "TWOPROC_", "PYTHONDONTWRITEBYTECODE"))}
         self.env.update(HOME=home, IPYTHONDIR=os.path.join(home, "ipython"), JUPYTER_RUNTIME_DIR=home,
                         PYDEVD_DISABLE_FILE_VALIDATION="1")
         self.peer = self.process = None
