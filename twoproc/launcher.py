@@ -63,8 +63,9 @@ class KernelProcess:
     """A kernel that we started.
 
     kernel_name: see `launch`.  argv: instead of a kernelspec, a command in which {connection_file} stands.
-    name: what the kernel is called, by default an animal and a number.  connection_file: where, instead of a
-    name.  transport: by default ipc for our kernels, tcp for others, many of which know nothing else.
+    name: what the kernel is called, by default an animal and a number, or after its kernelspec.
+    connection_file: where its file shall be, instead of a name.
+    transport: by default ipc for our kernels, tcp for others, many of which know nothing else.
     arguments: more words for the command line.  env: variables to add.  cwd: its folder.
     keep: the kernel shall outlive us; otherwise it ends with us, however we end.
     """
@@ -81,6 +82,12 @@ class KernelProcess:
         else:
             self.spec = KernelSpec(kernel_name or "", tuple(argv))
         self.interrupt_mode = self.spec.interrupt_mode
+        if connection_file is None and not self.is_ours:
+            # Not among our kernels' files: what has no claim is taken for the remains of a dead kernel there.
+            folder = connection.jupyter_runtime_folder()
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            name = name or "%s-%s" % (self.spec.name or "kernel", os.urandom(3).hex())
+            connection_file = os.path.join(folder, "kernel-%s.json" % name)
         self.connection_file, self._info = connection.new_connection(
             transport or ("ipc" if self.is_ours else "tcp"), name, connection_file)
         self.log_file = connection.log_path(self.connection_file)
@@ -90,7 +97,6 @@ class KernelProcess:
         if self.is_ours and transport is not None:
             self._arguments = ("--transport", transport, *self._arguments)
         self._env, self._cwd = env or {}, cwd
-        self._claim: connection.Claim | None = None
         self._ended = threading.Event()     # set when the child was waited for, after the callbacks ran
         self._ended.set()
         self._lock = threading.Lock()       # for the callbacks and _cause together; nothing waits inside it
@@ -120,12 +126,6 @@ class KernelProcess:
                 for word in (*self.spec.argv, *self._arguments)]
         if re.fullmatch(r"python(3(\.\d+)?)?", argv[0]):
             argv[0] = sys.executable    # what a kernelspec in our own environment means by it
-        options: dict[str, Any] = {}
-        if not self.is_ours and self._claim is None:
-            # The other kernels know nothing of claims: theirs is this descriptor, which they inherit.
-            self._claim = connection.Claim(self.connection_file)
-        if self._claim is not None and self._claim.fileno() >= 0 and os.name == "posix":
-            options["pass_fds"] = [self._claim.fileno()]
         # Append: what several processes write does not overwrite each other.
         log = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
                       | getattr(os, "O_NOFOLLOW", 0), 0o600)
@@ -133,7 +133,7 @@ class KernelProcess:
         self._cause, self._signal_sent, self._is_expected = None, 0, False
         try:
             self.process = subprocess.Popen(argv, env=self._environment(), cwd=self._cwd, stdin=subprocess.DEVNULL,
-                                            stdout=log, stderr=log, start_new_session=True, **options)
+                                            stdout=log, stderr=log, start_new_session=True)
         except OSError as error:
             self._ended.set()
             self._remove_files()
@@ -344,7 +344,7 @@ class KernelProcess:
         if self.is_alive:
             return
         try:
-            claim, self._claim = self._claim or connection.Claim(self.connection_file), None
+            claim = connection.Claim(self.connection_file)
         except connection.ConnectionFileError:
             return      # another kernel has the name by now, and the files are its own
         connection.remove_files(self.connection_file, self._info)
