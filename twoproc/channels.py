@@ -65,17 +65,22 @@ class Mailbox:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self._ring = self._writer.send
+        self._send = self._writer.send
         self._rung = False
 
     # -- called by any thread
     def put(self, item: Any, ring: bool = True) -> None:
         """Append an item; without `ring` the reader finds it when it next wakes for another reason."""
         self._items.append(item)
-        if ring and not self._rung:
-            ring = self._ring
+        if ring:
+            self.ring()
+
+    def ring(self) -> None:
+        """Wake the reader."""
+        if not self._rung:
+            send = self._send
             self._rung = True
-            ring(b"\0")
+            send(b"\0")
 
     def __len__(self) -> int:
         return len(self._items)
@@ -147,14 +152,14 @@ class Limits(NamedTuple):
 class Outgoing(NamedTuple):
     """An entry of the outbox: a message whose content is already bytes; number and signature come last.
 
-    So does the header, unless the sender must know its msg_id.
+    So does the header, unless the sender must know its msg_id.  identities: for iopub a topic other than msg_type.
     """
     channel: str
     msg_type: str
     content: bytes
     parent: bytes
-    metadata: dict | None
-    buffers: Iterable
+    metadata: bytes
+    buffers: list[bytes]
     identities: Iterable
     header: bytes | None = None
 
@@ -168,6 +173,7 @@ class Text(NamedTuple):
 
 MAX_QUEUED_REQUESTS = 10_000    # beyond it shell is left unread, and ZeroMQ makes the sender wait
 RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn
+DRAIN_SECONDS = 0.02            # of sending before the sockets get their turn
 
 
 class KernelChannels:
@@ -211,6 +217,7 @@ class KernelChannels:
         self._put_bytes = self._sent_bytes = 0      # what waits in the outbox, roughly: see send
         self._text_sent = 0.0
         self._head: list | None = None              # the iopub message that a full reader did not take
+        self._has_more = False                      # the outbox, when _drain had to leave it
         self._patience = SlowReaders(limits.slow_reader_seconds)
         self._owed: deque = deque(maxlen=1000)      # idle messages that a full reader lost
         self._descriptors: dict[int, Callable[[], None]] = {}
@@ -267,12 +274,15 @@ class KernelChannels:
              header: bytes | None = None) -> None:
         """Queue one message; raises TypeError if the content is not JSON.  Waits while the outbox is full.
 
-        The content is encoded here, by its owner's thread, who may change it afterwards.
+        Everything is encoded or copied here, by its owner's thread: the owner may change it afterwards, and
+        what cannot be sent is the owner's error, not the end of twoproc-io.
         """
         if not isinstance(content, bytes):
             content = encode(content)
-        self._make_room(len(content))
-        self.outbox.put(Outgoing(channel, msg_type, content, parent, metadata, buffers, identities, header))
+        buffers = [buffer if isinstance(buffer, bytes) else memoryview(buffer).tobytes() for buffer in buffers]
+        self._make_room(len(content) + sum(map(len, buffers)))
+        self.outbox.put(Outgoing(channel, msg_type, content, parent, encode(metadata) if metadata else b"{}",
+                                 buffers, identities, header))
 
     def write(self, name: str, text: str, parent: bytes) -> None:
         """Queue text for a stream: cheap, because a cell may print a million lines.
@@ -282,7 +292,10 @@ class KernelChannels:
         """
         self._make_room(len(text))
         is_first = time.monotonic() - self._text_sent > 0.01 and ("\n" in text or "\r" in text)
-        self.outbox.put(Text(name, text, parent), ring=is_first or self.busy_parent is None)
+        self.outbox.put(Text(name, text, parent), ring=is_first)
+        # Looked at after the text is there: a cell that ends in this moment rings for its reply later.
+        if self.busy_parent is None:
+            self.outbox.ring()
 
     def call(self, function: Callable[[], list | None]) -> None:
         """Have twoproc-io call `function` when everything queued before has been sent.
@@ -294,9 +307,9 @@ class KernelChannels:
     def _make_room(self, size: int) -> None:
         # Back pressure, as in a terminal.  A sleep, not a condition: Ctrl-C may strike here, and so may a
         # signal handler that prints.  The two sums are not exact when threads race; an empty outbox resets
-        # them, and a bound needs no more.
+        # them, and a bound needs no more.  An empty outbox has room for anything, however large.
         self._put_bytes += size + 64
-        while self._put_bytes - self._sent_bytes > self.limits.outbox and not self._is_io_thread():
+        while self._put_bytes - self._sent_bytes > self.limits.outbox and self.outbox and not self._is_io_thread():
             if self._stop_at is not None:
                 return
             time.sleep(0.002)
@@ -348,6 +361,8 @@ class KernelChannels:
     def _poll_milliseconds(self, is_reading_shell: bool) -> int | None:
         """How long nothing can happen: None, for ever, in an idle kernel."""
         waits = [self.on_tick()]
+        if self._has_more:
+            return 0
         if self._head is not None:
             waits.append(0.005)     # poll() calls iopub writable while send says it is full
         if self._owed:
@@ -389,16 +404,25 @@ class KernelChannels:
             self.subscribers += 1
             topic = frame[1:]
             content = encode({"subscription": topic.decode("utf-8", "replace")})
-            self._publish("iopub_welcome", content, b"{}", None, (), topic or b"iopub_welcome")
+            # By way of the outbox's front: there may be a head that waits for another reader.
+            self.outbox.put_back([Outgoing("iopub", "iopub_welcome", content, b"{}", b"{}", [], [topic])])
 
     def _drain(self) -> None:
-        """Send what the outbox holds, in order, until it is empty or a reader of iopub is full."""
+        """Send what the outbox holds, in order, until it is empty or a reader of iopub is full.
+
+        Not longer than DRAIN_SECONDS: a cell may print as fast as we send, and control must be heard meanwhile.
+        """
+        self._has_more = False
         if self._owed:
             self._settle()
         if self._head is not None and not self._publish_head():
             return
         outbox = self.outbox
+        until = time.monotonic() + DRAIN_SECONDS
         while self._head is None:
+            if time.monotonic() > until:
+                self._has_more = True
+                return
             try:
                 entry = outbox.pop()
             except queue.Empty:
@@ -407,9 +431,10 @@ class KernelChannels:
             if type(entry) is Text:
                 self._publish_text(entry)
             elif type(entry) is Outgoing:
-                self._sent_bytes += len(entry.content) + 64
+                self._sent_bytes += len(entry.content) + sum(map(len, entry.buffers)) + 64
                 if entry.channel == "iopub":
-                    self._publish(entry.msg_type, entry.content, entry.parent, entry.metadata, entry.buffers)
+                    self._publish(entry.msg_type, entry.content, entry.parent, entry.metadata, entry.buffers,
+                                  b"".join(entry.identities))
                 else:
                     frames = self.session.serialize(entry.msg_type, entry.content, entry.parent, header=entry.header)
                     self._send(self._sockets[entry.channel], [*entry.identities, *frames])
@@ -436,13 +461,13 @@ class KernelChannels:
                                   for at in range(limit, size, limit)])
             self._put_bytes += size - limit + 64 * (size // limit)
             text = text[:limit]
-        self._publish("stream", encode({"name": first.name, "text": text}), first.parent, None, ())
+        self._publish("stream", encode({"name": first.name, "text": text}), first.parent)
 
-    def _publish(self, msg_type: str, content: bytes, parent: bytes, metadata: dict | None, buffers: Iterable,
-                 topic: bytes | None = None) -> None:
-        number = next(self._numbers)
-        meta = b'{"twoproc_seq":%d}' % number if not metadata else encode({**metadata, "twoproc_seq": number})
-        frames = self.session.serialize(msg_type, content, parent, meta, buffers)
+    def _publish(self, msg_type: str, content: bytes, parent: bytes, metadata: bytes = b"{}", buffers: Iterable = (),
+                 topic: bytes = b"") -> None:
+        number = b'"twoproc_seq":%d}' % next(self._numbers)
+        metadata = b"{" + number if metadata == b"{}" else metadata[:-1] + b"," + number
+        frames = self.session.serialize(msg_type, content, parent, metadata, buffers)
         self._head = [topic or msg_type.encode("ascii"), *frames]
         self._publish_head()
 
@@ -477,7 +502,8 @@ class KernelChannels:
             self._owed.popleft()
         self._patience = SlowReaders(self.limits.slow_reader_seconds)
         if self.busy_parent is not None:
-            self._publish("status", b'{"execution_state":"busy"}', self.busy_parent, None, ())
+            self.outbox.put_back([Outgoing("iopub", "status", b'{"execution_state":"busy"}', self.busy_parent,
+                                           b"{}", [], [])])
 
     @staticmethod
     def _send(sock: zmq.Socket, frames: list) -> bool:
