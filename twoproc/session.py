@@ -248,6 +248,8 @@ class Session:
         self._read = json.JSONDecoder(parse_constant=_refuse_constant if replay_memory else None).decode
         self._max_frames, self._max_message = max_frames, max_message
         self._count = itertools.count(1)
+        # The latest parent header, as bytes and decoded: a client's neighbours on iopub mostly have the same.
+        self._parent: tuple[bytes, dict] = b"{}", {}
         # The parts of a header that never change are written once: a header then costs one format operation.
         self._head = '{"msg_id":"%s_%%d","session":"%s","username":%s,"date":"%%s","msg_type":"%%s","version":"%s"}' % (
             self.session, self.session, _write(self.username).replace("%", "%%"), PROTOCOL_VERSION)
@@ -325,12 +327,13 @@ class Session:
         if type(version) is not str or version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
             raise BadMessage("protocol version %.60r, expected %s" % (version, PROTOCOL_VERSION), message)
         try:
-            parent_header, metadata, content = (
-                {} if frame == b"{}" else self._object(frame, name)
-                for frame, name in zip(signed[1:], ("parent_header", "metadata", "content")))
+            if signed[1] != self._parent[0]:
+                self._parent = signed[1], self._object(signed[1], "parent_header")
+            metadata = {} if signed[2] == b"{}" else self._object(signed[2], "metadata")
+            content = {} if signed[3] == b"{}" else self._object(signed[3], "content")
         except MalformedMessage as error:
             raise BadMessage("%s: %s" % (msg_type, error), message) from None
-        return message._replace(parent_header=parent_header, metadata=metadata, content=content)
+        return Message(header, dict(self._parent[1]), metadata, content, buffers, identities, header_bytes)
 
     def _object(self, frame: bytes, name: str) -> dict:
         try:
