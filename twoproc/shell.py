@@ -34,6 +34,7 @@ import signal
 import sys
 import threading
 import time
+import token
 import traceback
 import uuid
 from collections.abc import Callable
@@ -196,11 +197,11 @@ class Interpreter:
     @contextlib.contextmanager
     def under(self, message: Message):
         """Output inside the block belongs to this message, in the calling thread or task only."""
-        token = self._parent.set(message)
+        before = self._parent.set(message)
         try:
             yield
         finally:
-            self._parent.reset(token)
+            self._parent.reset(before)
 
     # -- execute
 
@@ -574,19 +575,29 @@ def flush_streams() -> None:
             stream.flush()
 
 
+NO_CODE = {getattr(token, name) for name in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")}
+
+
 class ResultHook(DisplayHook):
     """sys.displayhook: the value of a cell's last expression becomes execute_result."""
 
     content: Any = None                     # of the execute_result that is being made
 
     def quiet(self) -> bool:
+        """Whether the last token of the cell is a semicolon."""
+        # IPython looks at the last cell that was stored, which is another one without store_history.
         cell = self.shell.cell
         if ";" not in cell:
             return False
+        import tokenize
+        last = ""
         try:
-            return bool(self.semicolon_at_end_of_expression(cell))
-        except Exception:                           # magics are no tokens
-            return False
+            for found in tokenize.generate_tokens(io.StringIO(cell).readline):
+                if found.type not in NO_CODE and found.string:
+                    last = found.string
+        except (tokenize.TokenError, SyntaxError):  # magics are no tokens
+            pass
+        return last == ";"
 
     def start_displayhook(self) -> None:
         self.content = {"execution_count": self.prompt_count, "data": {}, "metadata": {}}
