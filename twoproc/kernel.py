@@ -16,6 +16,7 @@ Read session.py and channels.py before, shell.py after.
 """
 from __future__ import annotations
 
+import _imp
 import argparse
 import atexit
 import contextlib
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from . import __version__, config, connection
 from .channels import KernelChannels, Limits, Text, own_thread
 from .session import MESSAGES, PROTOCOL_VERSION, BadMessage, Message, check_request
-from .streams import DescriptorCapture, InStream, OutStream, has_children, set_forked
+from .streams import DescriptorCapture, InStream, OutStream, set_forked
 
 if TYPE_CHECKING:
     from .shell import Interpreter
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__package__)
 
 GRACE = 1.0                     # seconds a running cell has to end when the kernel is told to
+EXIT_SECONDS = 2.0              # that functions registered with atexit have together
 EXIT_USAGE = 2
 NO_INPUT = "this frontend did not offer to answer input(): its request had allow_stdin false"
 
@@ -60,9 +62,10 @@ class Kernel:
         self.ending: str | None = None
         self.exit_status = 0
         self.is_restart = False
-        self.is_stopping = False
+        self._finishing = threading.Lock()      # taken by the thread that runs `finish`
         self.tidy: Callable[[], None] = lambda: None    # what is left to do when the sockets are closed
         self.capture = DescriptorCapture()
+        self._is_reading_asked = False          # twoproc-io's: a reading of the capture is in the outbox
         self.interpreter: Interpreter | None = None
         self._helpers = Helpers(self, completion_seconds)
         self._orphan_timeout = orphan_timeout
@@ -74,7 +77,7 @@ class Kernel:
         self._asking: tuple[list[bytes], str] | None = None
         self._runs_user_code = False
         self._cell_sigint: Any = signal.default_int_handler
-        self._process = os.getpid()
+        self.process = os.getpid()
         self._leads_group = hasattr(os, "getpgrp") and os.getpgrp() == os.getpid()
         channels.on_message = self.on_message
         channels.on_bad_message = self.on_bad_message
@@ -183,6 +186,7 @@ class Kernel:
             self.ending = why
             self._end_at = time.monotonic() + GRACE
             self.channels.requests.put(None)
+            self.channels.call(lambda: None)    # twoproc-io is to look at the time
             self.interrupt()
 
     def on_tick(self) -> float | None:
@@ -193,16 +197,16 @@ class Kernel:
             if now > self._end_at:
                 self._end_hard()
             waits.append(self._end_at - now + 0.01)
-        if self.running is not None:
-            if self.capture.has_grown():
+        if self.capture.has_grown():
+            if not self._is_reading_asked:      # else a slow reader of iopub would have us ask without end
+                self._is_reading_asked = True
                 self.channels.call(functools.partial(self._read_capture, None))
-            waits.append(0.02)
-        elif self.capture.has_grown():
-            self.channels.call(functools.partial(self._read_capture, None))
-        elif has_children():
+        elif self.running is None and self.capture.has_writers():
             waits.append(0.1)       # a background process that may write something
-        else:
+        elif self.running is None:
             self.capture.shrink()
+        if self.running is not None:
+            waits.append(0.02)
         if self._parent_pid and os.getppid() != self._parent_pid:
             self.end("its parent, process %d, has ended" % self._parent_pid)
         elif self._parent_pid:
@@ -229,16 +233,20 @@ class Kernel:
         self.channels.watch(descriptor, lambda: self.end("its parent, process %d, has ended" % pid))
 
     def _end_hard(self) -> None:
-        """The cell did not react to its interrupt: go without it."""
-        logger.warning("ending (%s) although a cell still runs", self.ending)
-        if self.is_stopping:
-            os._exit(self.exit_status)      # an exit function hangs, too
-        self.is_stopping = True
-        self._end_at = time.monotonic() + GRACE
-        own_thread("twoproc-end", self.finish)
+        """The cell did not react to its interrupt, or a function registered with atexit hangs: go without it."""
+        logger.warning("ending (%s) although %s", self.ending,
+                       "an exit function still runs" if self._finishing.locked() else "a cell still runs")
+        self._end_at = None
+        if not self._finishing.locked():
+            own_thread("twoproc-end", self.finish)
+            return
+        with contextlib.suppress(Exception):
+            self.tidy()
+        os._exit(self.exit_status)      # an exit function hangs, too
 
     def _read_capture(self, parent: bytes | None) -> list:
         """Entries for the front of the outbox: what was written to the descriptors until now."""
+        self._is_reading_asked = False
         header = self.parent_bytes() if parent is None else parent
         entries: list = [Text(name, text, header) for name, text in self.capture.read()]
         if entries and self.capture.has_grown():
@@ -262,11 +270,22 @@ class Kernel:
         self.channels.send("iopub", "status", b'{"execution_state":"%s"}' % state.encode(), message.header_bytes)
 
     def reply(self, message: Message, msg_type: str, content: dict, channel: str = "shell") -> None:
-        self.channels.send(channel, msg_type, content, message.header_bytes, identities=message.identities)
+        try:
+            self.channels.send(channel, msg_type, content, message.header_bytes, identities=message.identities)
+        except Exception as error:      # in what the user's objects gave us is something that is not JSON
+            content = {"status": "error", "ename": type(error).__name__, "evalue": str(error), "traceback": []}
+            if msg_type == "execute_reply":
+                content["execution_count"] = self.execution_count
+            self.channels.send(channel, msg_type, content, message.header_bytes, identities=message.identities)
 
     def publish(self, msg_type: str, content: dict, metadata: dict | None = None, buffers: Any = (),
                 parent: Message | None = None) -> None:
         """Tell everybody; the parent is the cell that the calling thread works for."""
+        if os.getpid() != self.process:         # a child of fork can but write
+            text = "\n".join(content.get("traceback", ())) or content.get("data", {}).get("text/plain")
+            if isinstance(text, str) and text:
+                print(text, file=sys.stderr if msg_type == "error" else sys.stdout)
+            return
         header = self.parent_bytes() if parent is None else parent.header_bytes
         self.channels.send("iopub", msg_type, content, header, metadata, buffers or ())
 
@@ -308,13 +327,11 @@ class Kernel:
         self._helpers.start()
         while self.ending is None:
             message = self._next_request()
-            if message is None:
-                continue
-            if message.msg_type == "execute_request":
+            if message is not None and message.msg_type == "execute_request":
                 self.execute_request(message)
-            else:
+            elif message is not None:
                 self.comm(message)
-            if os.getpid() != self._process:
+            if os.getpid() != self.process:
                 self._end_child()
 
     def _next_request(self) -> Message | None:
@@ -323,8 +340,7 @@ class Kernel:
         requests = self.channels.requests
         if not requests:
             if self.interpreter.inputhook is not None or self.interpreter.has_pending_tasks():
-                with contextlib.suppress(KeyboardInterrupt):
-                    self.run_user_code(lambda: self.interpreter.wait_for(requests))     # type: ignore[union-attr]
+                self._run_alone(lambda: self.interpreter.wait_for(requests))     # type: ignore[union-attr]
                 requests.silence()
             else:
                 try:
@@ -352,7 +368,8 @@ class Kernel:
             content["code"], content["silent"], content["store_history"] and not content["silent"],
             content["user_expressions"], message.metadata.get("cellId"), self.run_user_code)
         self._asking = None
-        if os.getpid() != self._process:
+        if os.getpid() != self.process:
+            self.exit_status = int(reply["status"] == "error")
             return
         self.channels.call(functools.partial(self._read_capture, message.header_bytes))
         self.running = None
@@ -389,6 +406,22 @@ class Kernel:
                     if self._cell_sigint is drop_sigint:
                         self._cell_sigint = signal.default_int_handler
                     self._runs_user_code = False
+            # An import that Ctrl-C ended within importlib's few lines of Python keeps the import lock (3.10 to
+            # 3.14), and every other thread that imports then waits for ever. Only its owner can give it back.
+            while _imp.lock_held():
+                try:
+                    _imp.release_lock()
+                except RuntimeError:        # another thread's, who is importing just now
+                    break
+
+    def _run_alone(self, function: Callable[[], Any]) -> None:
+        """Run user code that no cell waits for: a task, a widget's handler.  It cannot end the kernel."""
+        try:
+            self.run_user_code(function)
+        except KeyboardInterrupt:
+            pass
+        except BaseException:           # SystemExit among them: asyncio lets it through
+            sys.excepthook(*sys.exc_info())     # type: ignore[arg-type]
 
     def ask(self, prompt: str, password: bool) -> str:
         """input(): ask the client that sent the running cell, and wait for its answer.
@@ -448,8 +481,7 @@ class Kernel:
         assert self.interpreter is not None
         with self.answering(message):
             handle = getattr(self.interpreter, message.msg_type)
-            with contextlib.suppress(KeyboardInterrupt):
-                self.run_user_code(lambda: handle(message))
+            self._run_alone(lambda: handle(message))
             self.channels.call(functools.partial(self._read_capture, message.header_bytes))
 
     def _end_if_alone(self) -> None:
@@ -458,8 +490,11 @@ class Kernel:
             self.end("exit in a cell")
 
     def in_child(self) -> None:
-        """In a child of fork: keep nothing that is the kernel's."""
+        """In a child of fork: keep nothing that is the kernel's, and be ended by a signal as any child is."""
         set_forked()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if getattr(signal.getsignal(number), "is_ours", False):
+                signal.signal(number, signal.SIG_DFL)
         self.channels.close_in_child()
 
     def _end_child(self) -> None:
@@ -467,13 +502,17 @@ class Kernel:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(0)
+        os._exit(self.exit_status)
 
     def finish(self) -> None:
         """Say goodbye and end the process now: exit handlers run, threads of the user are not waited for.
 
-        Run by main; or, when main is stuck in a cell, by a thread of its own, `twoproc-end`.
+        Run by main; or, when main is stuck in a cell, by a thread of its own, `twoproc-end`.  Only once.
         """
+        if not self._finishing.acquire(blocking=False):
+            time.sleep(60)          # the other one ends the process
+        self._end_at = time.monotonic() + EXIT_SECONDS
+        self.channels.call(lambda: None)
         logger.info("ending: %s", self.ending)
         with contextlib.suppress(Exception):        # whatever the user's objects do in here, we leave
             if self.interpreter is not None:
@@ -565,11 +604,7 @@ class Helpers:
 
     def _finish(self, task: Task, content: dict) -> None:
         kernel, message = self._kernel, task.message
-        try:
-            kernel.reply(message, MESSAGES[message.msg_type].reply or "", content)
-        except TypeError as error:              # something that is not JSON came out of the user's objects
-            kernel.reply(message, MESSAGES[message.msg_type].reply or "",
-                         {"status": "error", "ename": "TypeError", "evalue": str(error), "traceback": []})
+        kernel.reply(message, MESSAGES[message.msg_type].reply or "", content)
         kernel.status("idle", message)
         running = kernel.running
         if running is not None:
@@ -739,11 +774,26 @@ def set_signals(kernel: Kernel) -> None:
     SIGTERM and SIGHUP end the kernel as a shutdown does; the exit status is 128 + the signal's number.
     """
     def end(number: int, frame: Any) -> None:
+        if os.getpid() != kernel.process:       # a child just forked; see in_child
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         kernel.end(signal.Signals(number).name, 128 + number)
+    end.is_ours = True      # type: ignore[attr-defined]    # for in_child
     signal.signal(signal.SIGINT, drop_sigint)
     signal.signal(signal.SIGTERM, end)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, end)
+    # In a child these wait until in_child has been there: Python forgets in a child what its handlers have noted.
+    masks = threading.local()
+
+    def before_fork() -> None:
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
+
+    def after_fork() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork)
     sys.setswitchinterval(0.0005)       # a request during a busy loop is answered in 1.6 instead of 13 ms
 
 
