@@ -13,6 +13,7 @@ same FIFO that the text goes through; see OutStream.write.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import os
 import tempfile
@@ -38,7 +39,7 @@ class OutStream(io.TextIOBase):
         self._name, self._descriptor, self._write, self._before_write = name, descriptor, write, before_write
         self._checked = 0.0
         self._line = ""             # in a forked child: what waits for the end of its line
-        self._bytes: io.BufferedWriter | None = None
+        self._bytes: _Bytes | None = None
 
     @property
     def name(self) -> str:
@@ -53,10 +54,10 @@ class OutStream(io.TextIOBase):
         return "w"
 
     @property
-    def buffer(self) -> io.BufferedWriter:
+    def buffer(self) -> io.BufferedIOBase:
         """For programs that write bytes; they are decoded as UTF-8."""
         if self._bytes is None:
-            self._bytes = io.BufferedWriter(_Bytes(self), buffer_size=1)
+            self._bytes = _Bytes(self)
         return self._bytes
 
     def write(self, text: str) -> int:
@@ -107,8 +108,8 @@ class OutStream(io.TextIOBase):
         self.flush()
 
 
-class _Bytes(io.RawIOBase):
-    """The raw end of OutStream.buffer: bytes in, whole characters out."""
+class _Bytes(io.BufferedIOBase):
+    """OutStream.buffer: bytes in, whole characters out, at once."""
 
     def __init__(self, stream: OutStream):
         self._stream = stream
@@ -120,10 +121,16 @@ class _Bytes(io.RawIOBase):
     def fileno(self) -> int:
         return self._stream.fileno()
 
-    def write(self, data) -> int:       # type: ignore[override, no-untyped-def]
+    def write(self, data) -> int:       # type: ignore[no-untyped-def]
         with memoryview(data) as view:
             self._stream.write(self._decoder.decode(view.tobytes()))
             return view.nbytes
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        self.flush()
 
 
 class InStream(io.TextIOBase):
@@ -178,12 +185,16 @@ class DescriptorCapture:
     """
 
     CHUNK = 1 << 20
+    BACKLOG = 64 << 20     # what a program may be ahead of us; one that never stops would fill the disk
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
         self._offsets = {"stdout": 0, "stderr": 0}
         self._decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in self._offsets}
         self._saved: dict[int, int] = {}
+        self._waited = 0            # of children waited for: the number seen when we last looked for orphans
+        self._has_orphans = False
+        self._look_again_at = 0.0
 
     def start(self) -> io.TextIOBase:
         """Redirect; returns the stderr there was, for the process's own log."""
@@ -213,11 +224,19 @@ class DescriptorCapture:
         self._saved.clear()
 
     def has_grown(self) -> bool:
-        return any(os.fstat(file).st_size > self._offsets[name] for name, file in self._files.items())
+        return any(os.fstat(file).st_size != self._offsets[name] for name, file in self._files.items())
 
     def read(self) -> Iterator[tuple[str, str]]:
         """(stream name, text) of what is new, at most CHUNK bytes a stream; read again while has_grown()."""
         for name, file in self._files.items():
+            size = os.fstat(file).st_size
+            if size < self._offsets[name]:
+                self._offsets[name] = 0         # `echo > /dev/stderr` opens the file anew, and empties it
+            elif size - self._offsets[name] > self.BACKLOG:
+                os.ftruncate(file, 0)
+                yield name, "\n[%d bytes left out: written faster than they could be sent]\n" % (
+                    size - self._offsets[name])
+                self._offsets[name] = 0
             data = os.pread(file, self.CHUNK, self._offsets[name])
             if data:
                 self._offsets[name] += len(data)
@@ -225,15 +244,37 @@ class DescriptorCapture:
                 if text:
                     yield name, text
 
+    def has_writers(self) -> bool:
+        """May another process still write: a child, or one that a child left behind (`!program &`)?
+
+        The second is looked for among all processes, 5 us each: only after children have been waited for,
+        and as long as there was one, once a second.
+        """
+        if _has_children():
+            return True
+        waited, now = _waited_children(), time.monotonic()
+        if waited != self._waited or self._has_orphans and now > self._look_again_at:
+            self._waited, self._look_again_at = waited, now + 1.0
+            self._has_orphans = any(map(self._is_held_by, _other_processes()))
+        return self._has_orphans
+
+    def _is_held_by(self, process: str) -> bool:
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):      # it ended, or is another user's
+                found = os.stat("/proc/%s/fd/%d" % (process, descriptor))
+                if any(os.path.samestat(found, os.fstat(file)) for file in self._files.values()):
+                    return True
+        return False
+
     def shrink(self) -> None:
-        """Give the disk space back; only when no cell runs and no child lives, so that nobody writes now."""
+        """Give the disk space back; only when no cell runs and not has_writers(), so that nobody writes now."""
         for name, file in self._files.items():
             if self._offsets[name] and os.fstat(file).st_size == self._offsets[name]:
                 os.ftruncate(file, 0)
                 self._offsets[name] = 0
 
 
-def has_children() -> bool:
+def _has_children() -> bool:
     """Is there a child process, running or not yet waited for?"""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -242,6 +283,22 @@ def has_children() -> bool:
     except (AttributeError, OSError):
         return True         # a system that cannot tell: then look for output from time to time
     return True
+
+
+def _waited_children() -> int:
+    """A number that grows with each child process that was waited for."""
+    try:
+        import resource         # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
+
+
+def _other_processes() -> list[str]:
+    try:
+        return [name for name in os.listdir("/proc") if name.isdigit() and name != str(os.getpid())]
+    except OSError:
+        return []               # macOS: what an orphan writes is seen with the next request
 
 
 def set_forked() -> None:
