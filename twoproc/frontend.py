@@ -1,0 +1,544 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""The command line: `python -m twoproc.frontend`, on a terminal, on a pipe, with a script.
+
+main() reads the options, starts a kernel or finds one, and chooses once between two paths that share nothing:
+
+    terminal.py   when both ends are a terminal that can move its cursor
+    Plain, here   for all else: pipes, -c, scripts, files, Emacs, CI.  Standard library alone, no escapes but
+                  what the user's own code prints; values as bare text, errors on stderr, an exit status
+
+The kernel process is started first and everything else is imported while it boots.  On the plain path it
+belongs to us and ends with us, however we end; on a terminal it outlives a lost connection, and how it is
+left is said there.  No traceback of ours reaches a user: an error of ours is one line and an exit code.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Callable, Iterator
+
+from . import __version__, config, connection, launcher
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .session import Message
+
+DIED = 70
+BROKEN_PIPE = 128 + 13
+# A second Ctrl-C within this time ends us, whatever the kernel does.
+INSISTING_SECONDS = 2.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    try:
+        settings = config.load(arguments)
+        if arguments.show_config:
+            print(settings.show())
+            return 0
+        if arguments.list:
+            return list_kernels()
+        return run(arguments, settings)
+    except (config.ConfigError, connection.ConnectionFileError, launcher.LaunchError) as error:
+        return fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        return fail(str(error), 1)
+    finally:
+        _close_stdout()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="twoproc", description="IPython's command line in two processes.",
+        epilog="Without a script, -c or a pipe: a prompt. There, :help lists the commands to the frontend itself.")
+    parser.add_argument("--version", action="version", version=f"twoproc {__version__}")
+    parser.add_argument("-c", dest="code", metavar="CODE", nargs=argparse.REMAINDER,
+                        help="run this code, with what follows it in sys.argv")
+    parser.add_argument("-i", dest="interactive", action="store_true",
+                        help="on a terminal: a prompt after the script or -c; on a pipe: run statement by statement, "
+                             "and let input() read the lines after it")
+    parser.add_argument("--existing", metavar="NAME|FILE", nargs="?", const="",
+                        help="join a running kernel: the newest of yours, or this one")
+    parser.add_argument("--list", action="store_true", help="list your running kernels")
+    parser.add_argument("--kernel", metavar="NAME", help="start this Jupyter kernel instead of our own")
+    parser.add_argument("--name", help="what to call the kernel that is started")
+    parser.add_argument("--keep", action="store_true", help="leave the kernel running at the end")
+    parser.add_argument("--plain", "--simple", action="store_true", help="no colours, no moving cursor, also on a terminal")
+    parser.add_argument("--quiet", action="store_true", help="no banner")
+    parser.add_argument("--json", action="store_true",
+                        help="write every iopub message of the code that is run as one line of JSON")
+    config.add_arguments(parser)
+    parser.add_argument("script", nargs="?", help="a file to run")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
+    return parser
+
+
+def run(arguments: argparse.Namespace, settings: config.Settings) -> int:
+    source = read_code(arguments)
+    has_terminal = _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
+    is_batch = (source is not None or not _is_terminal(sys.stdin)) and not (arguments.interactive and has_terminal)
+    is_plain = is_batch or arguments.plain or arguments.json or not has_terminal or (
+        os.environ.get("TERM", "dumb") in ("dumb", "unknown", "emacs"))
+    start = Start(arguments, settings, keep=arguments.keep or not is_plain, source=source)
+    if is_plain:
+        return Plain(start, arguments, settings).run(source, is_batch)
+    try:
+        from .terminal import Terminal
+    except ImportError as error:
+        start.end()
+        return fail(f"{error}; the terminal needs prompt_toolkit, which comes with IPython: use --plain", 1)
+    return _guarded(lambda: Terminal(
+        start, settings, launch=lambda: Start(arguments, settings, keep=True), keep=arguments.keep,
+        banner=(lambda name: []) if arguments.quiet else banner, source=source).run())
+
+
+def read_code(arguments: argparse.Namespace) -> Source | None:
+    """What -c or the script holds; None if the user, or a pipe, is still to say it."""
+    if arguments.code is not None:
+        if not arguments.code:
+            raise config.ConfigError("-c: expected some code after it")
+        return Source(arguments.code[0], ["-c", *arguments.code[1:]])
+    if arguments.script is None:
+        return None
+    try:
+        import tokenize     # knows a source file's own declaration of its encoding
+        with tokenize.open(arguments.script) as file:
+            return Source(file.read(), [arguments.script, *arguments.args], os.path.abspath(arguments.script))
+    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+        raise config.ConfigError(f"cannot read {arguments.script}: {getattr(error, 'strerror', None) or error}")
+
+
+class Source:
+    """Code that was given on the command line; path: of a script."""
+
+    def __init__(self, code: str, argv: list[str], path: str | None = None):
+        self.code, self.argv, self.path = code, argv, path
+
+    def prelude(self) -> str:
+        """Python that makes a kernel look to this code as the interpreter does to a script."""
+        lines = ["import sys", f"sys.argv[:] = {self.argv!r}"]
+        if self.path is not None:
+            lines += [f"sys.path.insert(0, {os.path.dirname(self.path)!r})", f"__file__ = {self.path!r}"]
+        return "\n".join([*lines, "del sys"])
+
+
+class Start:
+    """The kernel: being started by a thread from the first moment on, or found.
+
+    process: its launcher.KernelProcess, None for somebody else's kernel.  `wait` before connecting.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, settings: config.Settings, keep: bool,
+                 source: Source | None = None):
+        self.process: launcher.KernelProcess | None = None
+        self.error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        if arguments.existing is not None:
+            self.connection_file = connection.find_connection_file(arguments.existing or None)
+            return
+        options: dict[str, Any] = {"name": arguments.name, "keep": keep}
+        if arguments.kernel is None:
+            options["transport"] = settings["kernel.transport"]
+            words = [word for item in arguments.set for word in ("--set", item)]
+            options["arguments"] = (["--config", arguments.config] if arguments.config else []) + words
+        if source is not None and source.path is not None:
+            options["env"] = {"IPYKERNEL_CELL_NAME": source.path}       # in tracebacks
+        self.process = launcher.KernelProcess(arguments.kernel, **options)
+        self.connection_file = self.process.connection_file
+        self._thread = threading.Thread(target=self._run, name="twoproc-start", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.process.start()
+        except Exception as error:      # told to whoever waits, in the thread that can say it
+            self.error = error
+
+    def wait(self) -> Any:
+        """What a Client connects to; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.process or self.connection_file
+
+    def end(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if self.process is not None:
+            self.process.shutdown()
+
+
+def banner(name: str) -> list[str]:
+    return [f"twoproc {__version__}, Python {sys.version.split()[0]}; kernel {name}; :help lists the commands",
+            f"a second terminal joins with: {join_command(name)}"]
+
+
+def join_command(name: str) -> str:
+    return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend --existing {name}"
+
+
+def kernel_lines(current: str = "") -> Iterator[str]:
+    """One line for each kernel of ours that lives, the newest first."""
+    for path in connection.alive_kernels():
+        with contextlib.suppress(OSError):
+            since = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
+            mark = "  (this one)" if path == current else ""
+            yield f"{connection.kernel_name_of(path):16} pid {connection.holder_pid(path) or '?':<8} since {since}{mark}"
+
+
+def list_kernels() -> int:
+    connection.remove_stale()
+    for line in kernel_lines():
+        print(line)
+    return 0
+
+
+def fail(text: str, exit_code: int) -> int:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(f"twoproc: {text}", file=sys.stderr)
+    return exit_code
+
+
+def _guarded(function: Callable[[], int]) -> int:
+    """Run the terminal; a mistake of ours is one line there and a traceback in a file."""
+    try:
+        return function()
+    except (OSError, connection.ConnectionFileError, launcher.LaunchError):
+        raise
+    except Exception as error:      # ours; the user's session must not end in a page of our source
+        import tempfile
+        import traceback
+        with tempfile.NamedTemporaryFile("w", prefix="twoproc-error-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        return fail(f"internal error: {type(error).__name__}: {error}; the details are in {file.name}", 1)
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:      # closed
+        return False
+
+
+def _close_stdout() -> None:
+    """Let nobody find out once more, as the interpreter ends, that nobody reads."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+
+
+# -- without a terminal ----------------------------------------------------------------------------
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP: born in main, so that every `finally` on the way out is done."""
+
+
+class Plain:
+    """Cells from a pipe, a script, -c or a plain prompt; results as text."""
+
+    def __init__(self, start: Start, arguments: argparse.Namespace, settings: config.Settings):
+        self.start, self.arguments, self.settings = start, arguments, settings
+        self.client: Client = None      # type: ignore[assignment]
+        self.is_python = True
+        self.has_prompt = False
+        self.shows_values = True
+        self.next_input = ""
+        self._is_leaving = False        # SystemExit was raised: what IPython says about that is not for us
+        self._keeps = False             # exit(keep_kernel=True)
+        self._is_told = False           # the error was published; its reply holds it once more
+        self._column = 0
+
+    def run(self, source: Source | None, is_batch: bool) -> int:
+        previous = self._catch_signals()
+        try:
+            from .client import Client, KernelDied, NotReady
+            try:
+                with Client(self.start.wait()) as self.client:
+                    info = self.client.wait_ready().content
+                    self.is_python = (info.get("language_info") or {}).get("name", "python") == "python"
+                    return self._run(source, is_batch)
+            except KernelDied as died:
+                return fail(str(died) + self._last_words(), DIED)
+            except NotReady as error:
+                return fail(str(error), 2)
+        except BrokenPipeError:
+            return BROKEN_PIPE
+        except OSError as error:
+            return fail(f"cannot write the output: {error.strerror or error}", 1)
+        finally:
+            self._end_kernel()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _catch_signals(self) -> dict[int, Any]:
+        def end(number: int, frame: Any) -> None:
+            signal.signal(number, signal.SIG_IGN)
+            raise Terminated(128 + number)
+        numbers = [signal.SIGTERM] + [number for number in [getattr(signal, "SIGHUP", None)] if number is not None]
+        return {number: signal.signal(number, end) for number in numbers}
+
+    def _end_kernel(self) -> None:
+        if self.start.process is None or self.arguments.keep or self._keeps:
+            return
+        # Whoever presses Ctrl-C now wants us to be quick, not to leave a kernel behind.
+        with contextlib.suppress(launcher.LaunchError, OSError, connection.ConnectionFileError):
+            while True:
+                try:
+                    return self.start.end()
+                except KeyboardInterrupt:
+                    self.start.process.kill()
+
+    def _last_words(self) -> str:
+        words = self.start.process.last_words() if self.start.process is not None else []
+        return "".join("\n  " + line for line in words)
+
+    def _run(self, source: Source | None, is_batch: bool) -> int:
+        if source is not None:
+            return self._run_source(source)
+        if not is_batch or self.arguments.interactive:
+            return self._run_lines(has_prompt=not is_batch)
+        text = sys.stdin.read() if sys.stdin is not None else ""
+        if self.is_python:
+            from .cells import split_cells
+            cells = split_cells(text)
+        else:
+            cells = [text] if text.strip() else []
+        # What follows the code on the pipe was read with it: input() finds the end.
+        return self._run_all(cells, lambda prompt, password: _raise(EOFError()))
+
+    def _run_source(self, source: Source) -> int:
+        if self.is_python:
+            self.client.execute(source.prelude(), silent=True)
+        self.shows_values = source.path is None
+        status = self._run_all([source.code], self._ask)
+        if self.arguments.interactive and not self._is_leaving:
+            self.shows_values = True
+            return self._run_lines(has_prompt=_is_terminal(sys.stdin))
+        return status
+
+    def _run_all(self, cells: list[str], on_input: Callable[[str, bool], str]) -> int:
+        for cell in cells:
+            status = self.run_cell(cell, on_input)
+            if status is not None:
+                return status
+        return 0
+
+    # -- line by line
+
+    def _run_lines(self, has_prompt: bool) -> int:
+        """Prompts as IPython's, without moving the cursor; or none, for programs that talk to us."""
+        self.has_prompt = has_prompt
+        if has_prompt and not self.arguments.quiet:
+            for line in banner(connection.kernel_name_of(self.start.connection_file)):
+                self._prompt(line + "\n")
+        count, status = 1, 0
+        while True:
+            try:
+                text = self._read_cell(count)
+            except KeyboardInterrupt:
+                self._prompt("\nKeyboardInterrupt\n")
+                continue
+            except EOFError:
+                self._prompt("\n")
+                return 0 if has_prompt else status
+            if not text.strip():
+                continue
+            outcome = self.run_cell(text, self._ask)
+            if self._is_leaving or outcome is not None and not has_prompt:
+                return outcome or 0
+            count = self.count
+            if has_prompt:
+                self._fresh_line()
+
+    def _read_cell(self, count: int) -> str:
+        from .cells import check_complete
+        if self.next_input:
+            self._prompt(f"next input:\n{self.next_input}\n")
+            self.next_input = ""
+        head = f"In [{count}]: "
+        lines = [self._read_line(head)]
+        while self.is_python and check_complete("\n".join(lines))[0] == "incomplete":
+            try:
+                lines.append(self._read_line("...: ".rjust(len(head))))
+            except EOFError:
+                break       # what there is, is run; the kernel says what is missing
+        return "\n".join(lines)
+
+    def _read_line(self, prompt: str) -> str:
+        self._prompt(prompt)
+        line = sys.stdin.readline() if sys.stdin is not None else ""
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+
+    def _prompt(self, text: str) -> None:
+        if self.has_prompt:
+            stream = sys.stdout if _is_terminal(sys.stdout) else sys.stderr
+            self._write(stream, text)
+
+    # -- one cell
+
+    count = 1
+
+    def run_cell(self, code: str, on_input: Callable[[str, bool], str]) -> int | None:
+        """Run a cell to its end; the exit status if it is a reason to stop, else None."""
+        pending = self.client.execute_nowait(
+            code, store_history=self.shows_values, allow_stdin=True)
+        self._is_told = False
+        interrupted_at = 0.0
+        while True:
+            try:
+                reply = pending.wait(on_output=self.show, on_input=on_input)
+                break
+            except KeyboardInterrupt:
+                now = time.monotonic()
+                if now - interrupted_at < INSISTING_SECONDS:
+                    raise
+                interrupted_at = now
+                self.client.interrupt_nowait()
+        content = reply.content if reply is not None else {}
+        if type(content.get("execution_count")) is int:
+            self.count = content["execution_count"] + 1
+        for part in content.get("payload") or []:
+            self._handle_payload(part)
+        if content.get("status") == "ok":
+            return 0 if self._is_leaving else None
+        return self._status_of(content)
+
+    def _status_of(self, content: dict) -> int | None:
+        """The exit status that an interpreter would end with."""
+        if content.get("ename") == "SystemExit":
+            value = str(content.get("evalue", ""))
+            if self.has_prompt:
+                return None
+            self._is_leaving = True
+            if value in ("", "None"):
+                return 0
+            if value.lstrip("-").isdigit():
+                return int(value) & 0xFF
+            self._write(sys.stderr, value + "\n")
+            return 1
+        if not self._is_told and content.get("status") == "error":
+            self._write(sys.stderr, self._traceback(content))
+        return 130 if content.get("ename") == "KeyboardInterrupt" else 1
+
+    def _handle_payload(self, part: Any) -> None:
+        from . import screen
+        source = part.get("source") if isinstance(part, dict) else None
+        if source == "page":
+            self._write(sys.stdout, screen.without_escapes(
+                screen.text_of(part.get("data") or {"text/plain": str(part.get("text", ""))})).rstrip("\n") + "\n")
+        elif source == "set_next_input":
+            self.next_input = str(part.get("text", ""))
+        elif source in ("edit", "edit_magic"):
+            self._write(sys.stderr, f"edit {part.get('filename')} yourself: this is not a terminal\n")
+        elif source == "ask_exit":
+            self._is_leaving, self._keeps = True, bool(part.get("keepkernel"))
+
+    def _ask(self, prompt: str, password: bool) -> str:
+        """A line of our stdin for the cell's input(); the prompt goes where python's would."""
+        if password and _is_terminal(sys.stdin):
+            import getpass
+            return getpass.getpass(prompt, sys.stderr)
+        self._write(sys.stdout if _is_terminal(sys.stdout) or not self.has_prompt else sys.stderr, prompt)
+        line = sys.stdin.readline() if sys.stdin is not None else ""
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
+
+    # -- output
+
+    def show(self, message: Message) -> None:
+        if self.arguments.json:
+            self._write(sys.stdout, json.dumps({
+                "header": message.header, "parent_header": message.parent_header, "metadata": message.metadata,
+                "content": message.content,
+                "buffers": [base64.b64encode(buffer).decode("ascii") for buffer in message.buffers]}) + "\n")
+            return
+        handle = getattr(self, "show_" + message.msg_type, None)
+        if handle is not None:
+            handle(message.content)
+
+    def show_stream(self, content: dict) -> None:
+        name, text = content.get("name"), str(content.get("text", ""))
+        if not (self._is_leaving and name == "stderr"):
+            self._write(sys.stderr if name == "stderr" else sys.stdout, text)
+
+    def show_execute_result(self, content: dict) -> None:
+        if self.shows_values:
+            head = f"Out[{content.get('execution_count')}]: " if self.has_prompt and _is_terminal(sys.stdout) else ""
+            text = self._text_of(content)
+            self._fresh_line()
+            self._write(sys.stdout, head + ("\n" if head and "\n" in text else "") + text + "\n")
+
+    def show_display_data(self, content: dict) -> None:
+        self._write(sys.stdout, self._text_of(content) + "\n")
+
+    show_update_display_data = show_display_data
+
+    def show_error(self, content: dict) -> None:
+        self._is_told = True
+        if content.get("ename") == "SystemExit" and not self.has_prompt:
+            self._is_leaving = True
+            return
+        self._write(sys.stderr, self._traceback(content))
+
+    def _traceback(self, content: dict) -> str:
+        from . import screen
+        return screen.without_escapes(screen.traceback_of(content)).rstrip("\n") + "\n"
+
+    def _text_of(self, content: dict) -> str:
+        from . import screen
+        data = content.get("data")
+        return screen.text_of(data if isinstance(data, dict) else {}).rstrip("\n")
+
+    def _fresh_line(self) -> None:
+        if self._column and _is_terminal(sys.stdout):
+            self._write(sys.stdout, "\n")
+
+    def _write(self, stream: Any, text: str) -> None:
+        """Everything that is shown goes through here, at once: whoever reads the other end is waiting."""
+        if stream is None:
+            return
+        if _is_terminal(stream):
+            from . import screen
+            text = self._gate.feed(text) if hasattr(self, "_gate") else self._make_gate(screen).feed(text)
+            if text:
+                self._column = len(text) - 1 - text.rfind("\n")
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:      # lone surrogates, or a locale that is not UTF-8
+            encoding = stream.encoding or "ascii"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+
+    def _make_gate(self, screen: Any) -> Any:
+        """A plain terminal: no escapes at all, but carriage returns and tabs."""
+        self._gate = (screen.NoFilter() if self.settings["frontend.raw_escapes"]
+                      else screen.EscapeFilter(colors=False, moves=False))
+        return self._gate
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1177 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""The terminal: a prompt by prompt_toolkit in front of a kernel in another process.
+
+    main              reads the user, writes the screen, and decides; nobody else does any of these
+    twoproc-client    hears the kernel (client.py) and puts what it hears into the Inbox
+    twoproc-connect   lives for a moment as we start: finds the kernel while the prompt is already up
+    completion        a thread of prompt_toolkit's for each Tab
+
+Main waits in one of two places: in prompt_toolkit while a prompt is up, in Inbox.get while our cell runs.  In
+both it empties the same Inbox, so messages keep their order and one thread owns the cursor.  Beside a prompt
+the text goes above it: erase the prompt, write, draw it again, with what the user has half typed.
+
+SIGINT is caught and put into the Inbox as well: KeyboardInterrupt is never born in this process except out of
+a Ctrl-C key at a prompt, so no half-done line of ours is ever torn.
+
+This module imports prompt_toolkit; frontend.py imports this module only on a terminal.
+"""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Callable, Iterable
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+from prompt_toolkit.completion import Completer, Completion, ThreadedCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER, EditingMode
+from prompt_toolkit.filters import (Condition, emacs_insert_mode, has_completions, has_focus, has_selection,
+                                    vi_insert_mode, vi_navigation_mode)
+from prompt_toolkit.formatted_text import ANSI, FormattedText
+from prompt_toolkit.history import History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.key_binding.vi_state import InputMode
+from prompt_toolkit.layout.processors import Processor, Transformation
+from prompt_toolkit.lexers import DynamicLexer, Lexer, PygmentsLexer, SimpleLexer
+from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.styles import Style
+
+from . import connection, screen
+from .cells import check_complete
+from .client import Client, KernelDied
+from .painter import Painter
+from .session import Message
+
+# A second Ctrl-C within this time says that the first one did not help.
+INSISTING_SECONDS = 2.0
+# How long after Ctrl-C we keep what still arrives from the screen; a cell that goes on after that is shown again.
+MUFFLED_SECONDS = 1.0
+# Whoever was heard of this long ago counts as still there: the kernel does not say who is attached.
+PRESENCE_SECONDS = 600.0
+WRITE_CHARS = 1 << 15       # between two looks for Ctrl-C while much is written
+REDRAW_SECONDS = 0.03       # at most so often is a prompt redrawn for the sake of output above it
+
+
+class Inbox:
+    """What other threads and signal handlers tell main.  `put` never waits and may be called by anybody.
+
+    SimpleQueue, because a signal handler may strike inside any other's put().
+    """
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        self.wake: Callable[[], None] | None = None     # set by main while prompt_toolkit's loop runs
+
+    def put(self, kind: str, *values: Any) -> None:
+        self._items.put((kind, *values))
+        wake = self.wake
+        if wake is not None:
+            wake()
+
+    def get(self, timeout: float | None = None) -> list[tuple]:
+        """All there is, after waiting for the first; [] if the time is over."""
+        items = []
+        try:
+            items.append(self._items.get(timeout=timeout))
+            while True:
+                items.append(self._items.get_nowait())
+        except queue.Empty:
+            return items
+
+    def get_nowait(self) -> list[tuple]:
+        return self.get(0) if not self._items.empty() else []
+
+
+class SavedHistory(History):
+    """Earlier inputs, in a file of the user's own (0600), one JSON string a line; and those of the kernel."""
+
+    def __init__(self, path: str | None, limit: int):
+        super().__init__()
+        self._path, self._limit = path, limit
+
+    def load_history_strings(self) -> Iterable[str]:
+        lines: list[str] = []
+        if self._path:
+            with contextlib.suppress(OSError), open(self._path, encoding="utf-8", errors="replace") as file:
+                lines = file.readlines()[-self._limit:]
+        entries: dict[str, None] = {}
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, str):
+                    entries.setdefault(entry)
+        return list(entries)
+
+    def store_string(self, string: str) -> None:
+        if self._path is None:
+            return
+        try:
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                file.write(json.dumps(string) + "\n")
+        except OSError:
+            self._path = None       # a full or read-only disk: the session goes on with what is in memory
+
+    def append_string(self, string: str) -> None:
+        if not self._loaded_strings or self._loaded_strings[0] != string:
+            super().append_string(string)
+
+    def merge(self, entries: list[str]) -> None:
+        """Older inputs, the oldest first, that the kernel remembers."""
+        if not self._loaded:
+            self._loaded_strings, self._loaded = list(self.load_history_strings()), True
+        known = set(self._loaded_strings)
+        self._loaded_strings += list(dict.fromkeys(entry for entry in reversed(entries) if entry not in known))
+
+
+def history_path() -> str | None:
+    """<state folder>/history, the folder made; None where it cannot be kept."""
+    base = os.environ.get("TWOPROC_STATE")
+    if not base:
+        state = os.environ.get("XDG_STATE_HOME", "")
+        base = os.path.join(state if os.path.isabs(state) else os.path.expanduser("~/.local/state"), "twoproc")
+    try:
+        os.makedirs(base, mode=0o700, exist_ok=True)
+        connection.private_folder(base)
+    except (OSError, connection.ConnectionFileError):
+        return None
+    return os.path.join(base, "history")
+
+
+class KernelCompleter(Completer):
+    """Asks the kernel, in a thread, for a limited time; late answers find nobody."""
+
+    def __init__(self, terminal: Terminal):
+        self.terminal = terminal
+
+    def get_completions(self, document, complete_event):
+        terminal = self.terminal
+        if terminal.client is None:
+            return
+        try:
+            content = terminal.client.complete(document.text, document.cursor_position,
+                                               timeout=terminal.settings["frontend.complete_seconds"]).content
+        except (TimeoutError, KernelDied, OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, TimeoutError):
+                terminal.inbox.put("note", "kernel busy")
+            return
+        start, end = content.get("cursor_start"), content.get("cursor_end")
+        if content.get("status") != "ok" or type(start) is not int or type(end) is not int:
+            return
+        types = (content.get("metadata") or {}).get("_jupyter_types_experimental") or []
+        kinds = {entry.get("text"): str(entry.get("type") or "") for entry in types if isinstance(entry, dict)}
+        typed = document.text[start:document.cursor_position]
+        shown_from = typed.rfind(".") + 1
+        for match in content.get("matches") or []:
+            kind = kinds.get(match, "")
+            yield Completion(match, start - document.cursor_position, display=match[shown_from:] or match,
+                             display_meta="" if kind == "<unknown>" else kind)
+
+
+class Invisible(Processor):
+    """A password: neither its characters nor their number."""
+
+    def apply_transformation(self, transformation_input):
+        return Transformation([], source_to_display=lambda i: 0, display_to_source=lambda i: 0)
+
+
+class Cell:
+    """Our request that runs, or waits its turn."""
+
+    def __init__(self, pending: Any):
+        self.pending = pending
+        self.msg_id = pending.msg_id
+        self.count: Any = None          # execution_count, once the kernel has begun it
+        self.reply: Message | None = None
+        self.replied_at = 0.0
+        self.is_idle = False
+        self.interrupted_at: float | None = None
+        self.lost: str | None = None    # the kernel's cause of death
+
+
+class Terminal:
+    """One user, one terminal, one kernel at a time.
+
+    target: a launcher.KernelProcess that we own, or a connection file to attach to.  launch: starts another
+    kernel and returns its KernelProcess.  cell: a first input, run without being typed.
+    """
+
+    def __init__(self, target: Any, settings: Any, *, launch: Callable[..., Any], banner: Callable[[str], list[str]],
+                 keep: bool = False, username: str | None = None, cell: str | None = None):
+        self.settings = settings
+        self.launch, self.banner, self.keep, self.username = launch, banner, keep, username
+        self.first_cell = cell
+        self.inbox = Inbox()
+        self.client: Client | None = None
+        self.process: Any = None
+        self.connection_file = ""
+        self._target(target)
+        self.exit_code: int | None = None
+        self.count = 1                      # the number in the prompt
+        self.language = "python"
+        self.cell: Cell | None = None
+        self.busy: tuple[str, str, Any, float] | None = None    # msg_id, who, count, since: somebody else's cell
+        self.others: dict[str, tuple[str, float]] = {}          # session -> name, when last heard of
+        self.died: str | None = None        # the cause, from the death of the kernel until it is replaced
+        self.note = ""                      # a word in the toolbar, gone with the next key
+        self.next_input: Document | None = None
+        self.actions: list[Callable[[], None]] = []     # what main does next, instead of asking for input
+        self.connect_error: Exception | None = None
+        self.is_quiet_until = 0.0
+        self._is_away = False               # an editor or a pager has the screen
+        self._app: Any = None
+        colors = settings["frontend.colors"] != "off" and not os.environ.get("NO_COLOR")
+        images = screen.image_protocol(dict(os.environ)) if settings["frontend.images"] == "auto" else None
+        self.painter = Painter(colors, lambda: tuple(shutil.get_terminal_size()), images,
+                               settings["frontend.raw_escapes"], settings["frontend.other_output"])
+        self.history = SavedHistory(history_path(), settings["frontend.history_lines"])
+        self.answers = InMemoryHistory()
+        self.lexer: Lexer = SimpleLexer()
+        self.session = self._make_session(colors)
+
+    def _target(self, target: Any) -> None:
+        self.process = target if hasattr(target, "connection_file") else None
+        self.connection_file = target.connection_file if self.process is not None else target
+
+    @property
+    def name(self) -> str:
+        return connection.kernel_name_of(self.connection_file)
+
+    # -- the life of the program
+
+    def run(self) -> int:
+        """Until the user leaves; returns the exit code."""
+        self._catch_signals()
+        for line in self.banner(self.name):
+            self.painter.say(line)
+        self._write(self.painter.take())
+        self.connect()
+        if self.process is None:
+            # Somebody else's kernel: its prompt number is worth waiting for; one that is slow is not.
+            self.pump_until(lambda: self.client is not None or self.connect_error is not None, 1.0)
+        if self.first_cell is not None:
+            self.run_cell(self.first_cell)
+        while self.exit_code is None:
+            if self.actions:
+                self.actions.pop(0)()
+                continue
+            text = self.ask_cell()
+            if text is not None and text.strip():
+                self.submit(text)
+        if self.client is not None:
+            self.client.close(timeout=0.5)
+        return self.exit_code
+
+    def _catch_signals(self) -> None:
+        signal.signal(signal.SIGINT, lambda *_: self.inbox.put("interrupt"))
+        signal.signal(signal.SIGQUIT, lambda *_: self.inbox.put("detach"))
+        # The kernel outlives a lost terminal: losing work is worse than an orphan, and --list shows it.
+        signal.signal(signal.SIGTERM, lambda *_: self.inbox.put("detach"))
+
+    def connect(self) -> None:
+        """Find the kernel in a thread; "ready" or "failed" comes into the inbox."""
+        self.client, self.connect_error = None, None
+        target = self.process or self.connection_file
+        threading.Thread(target=self._connect, args=(target,), name="twoproc-connect", daemon=True).start()
+
+    def _connect(self, target: Any) -> None:
+        """Run by twoproc-connect."""
+        client = None
+        try:
+            client = Client(target, username=self.username)
+            client.listen(lambda message: self.inbox.put("iopub", client, message))
+            client.watch(lambda state: self.inbox.put(state, client))
+            info = client.wait_ready().content
+            self.inbox.put("ready", target, client, info)
+            self.inbox.put("lexer", _lexer_of(info.get("language_info") or {}))
+            with contextlib.suppress(TimeoutError):
+                entries = client.history("range", session=0, start=1, timeout=2.0).content.get("history") or []
+                self.inbox.put("count", client, max((entry[1] for entry in entries), default=0) + 1)
+            with contextlib.suppress(TimeoutError):
+                entries = client.history("tail", n=1000, timeout=2.0).content.get("history") or []
+                self.inbox.put("history", [entry[2] for entry in entries])
+        except Exception as error:      # whatever it is, main shows it in one line and says what can be done
+            if client is not None and self.client is not client:
+                client.close(0)
+            self.inbox.put("failed", target, error)
+
+    # -- what comes out of the inbox
+
+    def pump(self, timeout: float | None) -> None:
+        """Wait for news, handle it, and show it.  Main, while no prompt is up."""
+        self._handle(self.inbox.get(timeout))
+        self._write(self.painter.take())
+
+    def pump_until(self, predicate: Callable[[], bool], timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        while not predicate() and self.exit_code is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self.pump(left)
+        return True
+
+    def _handle(self, items: list[tuple]) -> None:
+        messages: list = []
+        for kind, *values in items:
+            if kind == "iopub":
+                client, message = values
+                if client is self.client or self.client is None:
+                    self._note_message(message)
+                    messages.append((message, self._speaker(message)))
+                    if message.msg_type == "status" and self._is_mine(message):
+                        self.painter.show(messages)
+                        messages = []
+                continue
+            self.painter.show(messages)
+            messages = []
+            getattr(self, "handle_" + kind)(*values)
+        self.painter.show(messages)
+
+    def _is_mine(self, message: Message) -> bool:
+        return self.cell is not None and message.parent_header.get("msg_id") == self.cell.msg_id
+
+    def _speaker(self, message: Message) -> str | None:
+        """None for us, and for what the kernel says by itself; else the name of who caused it."""
+        session = message.parent_header.get("session")
+        if not session or self.client is None or session == self.client.session:
+            return None
+        return str(message.parent_header.get("username") or "somebody")
+
+    def _note_message(self, message: Message) -> None:
+        """Who is there, who is busy, which number comes next."""
+        who = self._speaker(message)
+        parent = message.parent_header
+        if who is not None:
+            self.others[str(parent.get("session"))] = who, time.monotonic()
+        state = message.content.get("execution_state") if message.msg_type == "status" else None
+        if message.msg_type == "execute_input":
+            count = message.content.get("execution_count")
+            if type(count) is int:
+                self.count = count + 1
+            if self._is_mine(message):
+                self.cell.count = count
+            elif who is not None:
+                self.busy = str(parent.get("msg_id")), who, count, time.monotonic()
+                self._refresh()
+        elif state == "idle":
+            if self._is_mine(message):
+                self.cell.is_idle = True
+            elif self.busy is not None and self.busy[0] == parent.get("msg_id"):
+                self.busy = None
+                self.painter.flush_lines()
+            self._refresh()
+
+    def handle_ready(self, target: Any, client: Client, info: dict) -> None:
+        if target is not (self.process or self.connection_file):
+            client.close(0)
+            return
+        self.client = client
+        language = info.get("language_info") or {}
+        self.language = str(language.get("name") or "python").lower()
+
+    def handle_failed(self, target: Any, error: Exception) -> None:
+        if target is (self.process or self.connection_file) and self.client is None:
+            self.connect_error = error
+            self._interrupt_prompt(self._choose_after_failure)
+
+    def handle_lexer(self, lexer: Lexer) -> None:
+        self.lexer = lexer
+        self._refresh()
+
+    def handle_count(self, client: Client, count: int) -> None:
+        if client is self.client and count > self.count:
+            self.count = count
+            self._refresh()
+
+    def handle_history(self, entries: list) -> None:
+        self.history.merge([entry for entry in entries if isinstance(entry, str)])
+
+    def handle_note(self, text: str) -> None:
+        self.note = text
+        self._refresh()
+
+    def handle_message(self, message: Message) -> None:
+        """Of our own request: its reply, or a question."""
+        if self.cell is None or message.parent_header.get("msg_id") != self.cell.msg_id:
+            return
+        if message.msg_type == "execute_reply":
+            self.cell.reply, self.cell.replied_at = message, time.monotonic()
+        elif message.msg_type == "input_request":
+            self.actions.append(self._answer)
+
+    def handle_interrupt(self) -> None:
+        """SIGINT: Ctrl-C while no prompt is up, or sent by somebody."""
+        if self.cell is not None and self._app is None:
+            self._interrupt_cell()
+
+    def handle_detach(self) -> None:
+        self.detach()
+        self._interrupt_prompt(None)
+
+    def handle_died(self, client: Client) -> None:
+        if client is not self.client or self.died is not None:
+            return
+        self.died = client.died.cause if client.died else "unknown cause"
+        self.busy = None
+        if self.cell is not None:
+            self.cell.lost = self.died
+        self._interrupt_prompt(self._choose_after_death)
+
+    def handle_alive(self, client: Client) -> None:
+        """A successor answers at the same address."""
+        if client is self.client and self.died is not None:
+            self.died = None
+            self.count = 1
+            self.painter.say("kernel %s is back" % self.name)
+            self._refresh()
+
+    # -- a prompt, with the inbox behind it
+
+    def _run_prompt(self, session: PromptSession, **options: Any) -> Any:
+        """PromptSession.prompt, with output above it; None if something ended it from here.
+
+        Raises KeyboardInterrupt and EOFError for Ctrl-C and Ctrl-D.
+        """
+        self._write(self.painter.take())
+        self._app = session.app
+        self._app.renderer.cpr_not_supported_callback = None     # it would print a warning
+        self.painter.is_prompt_up = True
+
+        def pre_run() -> None:
+            loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+            is_scheduled = False
+            drawn_at = 0.0
+
+            def drain() -> None:
+                nonlocal is_scheduled, drawn_at
+                is_scheduled = False
+                if self._app is not None and self._app.is_running and not self._app.is_done and not self._is_away:
+                    self._drain_above_prompt()
+                    drawn_at = loop.time()
+
+            def plan() -> None:
+                loop.call_later(max(0.0, drawn_at + REDRAW_SECONDS - loop.time()), drain)
+
+            def wake() -> None:
+                nonlocal is_scheduled
+                if not is_scheduled:
+                    is_scheduled = True
+                    # RuntimeError: the loop has just ended; what was put is found by the next wait.
+                    with contextlib.suppress(RuntimeError):
+                        loop.call_soon_threadsafe(plan, context=context)
+
+            def tick() -> None:
+                """Every second: the time in the toolbar, half lines that have waited long enough."""
+                if self.painter.has_unfinished_lines and not self._is_away:
+                    self.painter.flush_lines()
+                    self._draw_above_prompt()
+                if self._update_toolbar():
+                    self._app.invalidate()
+                loop.call_later(1.0, tick)
+
+            self.inbox.wake = wake
+            wake()
+            loop.call_later(1.0, tick)
+
+        try:
+            return session.prompt(pre_run=pre_run, handle_sigint=False, set_exception_handler=False, **options)
+        finally:
+            self.inbox.wake = None
+            self._app = None
+            self.painter.is_prompt_up = False
+
+    def _drain_above_prompt(self) -> None:
+        self._handle(self.inbox.get_nowait())
+        self._draw_above_prompt()
+
+    def _draw_above_prompt(self) -> None:
+        text = self.painter.take()
+        if self._update_toolbar() and not text:
+            self._app.invalidate()
+        if not text or self._app is None or self._app.is_done:
+            if text:
+                self._write(text)
+            return
+        # As prompt_toolkit's run_in_terminal does it, but at once, and without giving the keyboard back to
+        # the terminal meanwhile: what is typed in that moment would be echoed into the output.
+        self._app.renderer.erase()
+        self._write(text)
+        self._app.renderer.request_absolute_cursor_position()
+        self._app.invalidate()
+
+    def _interrupt_prompt(self, action: Callable[[], None] | None) -> None:
+        """End the prompt that is up, keeping what is half typed, and have main do something else first."""
+        if action is not None and action not in self.actions:
+            self.actions.append(action)
+        app = self._app
+        if app is not None and app.is_running and not app.is_done:
+            if app is self.session.app:
+                self.next_input = self.session.default_buffer.document
+                self._app.renderer.erase()
+            app.exit(result=None)
+
+    def _refresh(self) -> None:
+        if self._app is not None and self._app is self.session.app:
+            self._app.invalidate()
+
+    def _update_toolbar(self) -> bool:
+        """True if there is one, or was."""
+        before = self.session.bottom_toolbar
+        parts = []
+        if self.died is not None:
+            parts.append("no kernel")
+        elif self.client is not None and self.client.silence > 4:
+            parts.append("no answer for %d s" % self.client.silence)
+        if self.busy is not None:
+            _, who, count, since = self.busy
+            parts.append("busy: %s In [%s] %d:%02d" % (who, count, *divmod(int(time.monotonic() - since), 60)))
+        if self.note:
+            parts.append(self.note)
+        self.session.bottom_toolbar = " " + "   ".join(parts) if parts else None
+        return bool(before or parts)
+
+    def _write(self, text: str) -> None:
+        """The only place that writes to the screen beside prompt_toolkit."""
+        for at in range(0, len(text), WRITE_CHARS):
+            try:
+                sys.stdout.write(text[at:at + WRITE_CHARS])
+                sys.stdout.flush()
+            except UnicodeEncodeError:      # lone surrogates; a terminal that is not UTF-8
+                encoding = sys.stdout.encoding or "ascii"
+                sys.stdout.write(text[at:at + WRITE_CHARS].encode(encoding, "backslashreplace").decode(encoding))
+                sys.stdout.flush()
+            if at and self.cell is not None and self._app is None and self._has_interrupt():
+                # The user wants this to end: neither the rest of this piece nor what comes behind it.
+                self._write("\x1b[0m\n" + self.painter.dim("... %s characters not shown\n" % format(
+                    max(0, len(text) - at - WRITE_CHARS), ",")))
+                return
+
+    def _has_interrupt(self) -> bool:
+        """Was Ctrl-C pressed since the inbox was last emptied?"""
+        items = self.inbox.get_nowait()
+        for item in items:
+            self.inbox.put(*item)
+        return any(item[0] == "interrupt" for item in items)
+
+    # -- asking for a cell
+
+    def ask_cell(self) -> str | None:
+        """What the user typed; None if there is something else to do first."""
+        default, self.next_input = self.next_input or Document(), None
+        self._write(self.painter.take() + "\n")
+        self._update_toolbar()
+        try:
+            return self._run_prompt(self.session, default=default)
+        except KeyboardInterrupt:
+            return None
+        except EOFError:
+            self.leave(asks=True)
+            return None
+
+    def _make_session(self, colors: bool) -> PromptSession:
+        options = {"color_depth": ColorDepth.DEPTH_4_BIT if colors else ColorDepth.DEPTH_1_BIT}
+        return PromptSession(
+            message=self._message, prompt_continuation=self._continuation, multiline=True,
+            editing_mode=EditingMode.VI if self.settings["frontend.editing"] == "vi" else EditingMode.EMACS,
+            history=self.history, auto_suggest=AutoSuggestFromHistory(), enable_history_search=True,
+            completer=ThreadedCompleter(KernelCompleter(self)), complete_while_typing=False,
+            lexer=DynamicLexer(lambda: self.lexer), style=_style(self.settings["frontend.colors"]) if colors else None,
+            include_default_pygments_style=False, key_bindings=self._keys(), enable_suspend=True, **options)
+
+    def _message(self) -> FormattedText:
+        mode: list = []
+        if self.session.editing_mode == EditingMode.VI:
+            is_navigation = self.session.app.vi_state.input_mode == InputMode.NAVIGATION
+            mode = [("class:prompt", "[nav] " if is_navigation else "[ins] ")]
+        return FormattedText([*mode, ("class:prompt", "In ["), ("class:prompt.number", str(self.count)),
+                              ("class:prompt", "]: ")])
+
+    def _continuation(self, width: int, line_number: int, is_soft_wrap: bool) -> FormattedText:
+        return FormattedText([("class:prompt", ("" if is_soft_wrap else "...: ").rjust(width))])
+
+    def _keys(self) -> KeyBindings:
+        keys = KeyBindings()
+        is_typing = has_focus(DEFAULT_BUFFER) & (vi_insert_mode | emacs_insert_mode)
+
+        @keys.add("enter", filter=has_focus(DEFAULT_BUFFER) & ~has_selection & (is_typing | vi_navigation_mode))
+        def _enter(event: Any) -> None:
+            self._enter(event.current_buffer)
+
+        @keys.add("escape", "enter", filter=is_typing)
+        def _run_as_it_is(event: Any) -> None:
+            event.current_buffer.validate_and_handle()
+
+        @keys.add("c-o", filter=is_typing)
+        def _new_line(event: Any) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @keys.add("tab", filter=is_typing & ~has_selection & Condition(self._is_in_indentation))
+        def _indent(event: Any) -> None:
+            column = event.current_buffer.document.cursor_position_col
+            event.current_buffer.insert_text(" " * (4 - column % 4))
+
+        @keys.add("escape", filter=has_completions & is_typing, eager=True)
+        def _close_menu(event: Any) -> None:
+            event.current_buffer.cancel_completion()
+
+        @keys.add("c-x", "c-e", filter=emacs_insert_mode & has_focus(DEFAULT_BUFFER))
+        @keys.add("v", filter=vi_navigation_mode & has_focus(DEFAULT_BUFFER))
+        def _edit(event: Any) -> None:
+            self._is_away = True
+            task = event.current_buffer.open_in_editor()
+            task.add_done_callback(lambda task: self._come_back(task))
+
+        @keys.add("c-\\")
+        def _detach(event: Any) -> None:
+            self.handle_detach()
+
+        return keys
+
+    def _come_back(self, task: Any) -> None:
+        self._is_away = False
+        if not task.cancelled() and task.exception() is not None:
+            self.painter.say("the editor could not be run: %s" % task.exception())
+        if self._app is not None and self.inbox.wake is not None:
+            self.inbox.wake()
+
+    def _is_in_indentation(self) -> bool:
+        document = self.session.default_buffer.document
+        return not document.current_line_before_cursor.strip() and self.session.default_buffer.complete_state is None
+
+    def _enter(self, buffer: Any) -> None:
+        """Run the cell, or begin another line of it."""
+        if buffer.complete_state is not None:
+            if buffer.complete_state.current_completion is not None:
+                buffer.apply_completion(buffer.complete_state.current_completion)
+            else:
+                buffer.cancel_completion()
+            return
+        document = buffer.document
+        is_at_end = not document.text_after_cursor.strip() or document.line_count == 1
+        if not is_at_end:
+            buffer.insert_text("\n" + _indentation_of(document.current_line_before_cursor))
+            return
+        text = document.text
+        status, indent = self._check_complete(text.rstrip() + "\n" if _ends_empty(text) else text)
+        if status == "incomplete":
+            buffer.cursor_position = len(document.text)
+            buffer.insert_text("\n" + indent)
+        else:
+            if "\n" in text:
+                buffer.document = Document(text.rstrip())
+            self.note = ""
+            buffer.validate_and_handle()
+
+    def _check_complete(self, text: str) -> tuple[str, str]:
+        """Ask the kernel, but for a short time only, and only where we cannot know."""
+        if not text.strip() or text.startswith(self.settings["frontend.command_prefix"]):
+            return "complete", ""
+        is_python = self.language == "python"
+        local = check_complete(text) if is_python else ("complete", "")
+        if self.client is None or self.died is not None or is_python and local[0] == "incomplete":
+            return local
+        try:
+            content = self.client.is_complete(text, timeout=self.settings["frontend.is_complete_seconds"]).content
+        except (TimeoutError, KernelDied, OSError, ValueError, RuntimeError):
+            return local
+        status = content.get("status")
+        if status == "incomplete":
+            return "incomplete", str(content.get("indent") or "")
+        return ("complete", "") if status in ("complete", "invalid") else local
+
+    # -- running a cell
+
+    def submit(self, text: str) -> None:
+        prefix = self.settings["frontend.command_prefix"]
+        if text.startswith(prefix):
+            self.command(text[len(prefix):].strip())
+        elif self.language == "python" and _LEAVING.fullmatch(text.strip()):
+            # Not sent: a kernel that is not ours would end by it, for everybody.
+            self.leave(asks=False, keeps="keep" in text)
+        else:
+            self.run_cell(text)
+
+    def run_cell(self, text: str) -> None:
+        """Send one input and stay with it until it is done, lost, or left alone."""
+        if self.client is None and not self._wait_client():
+            return
+        if self.died is not None:
+            self.next_input = Document(text)
+            self._choose_after_death()
+            return
+        if self.busy is not None:
+            _, who, count, _ = self.busy
+            self.painter.say(self.painter.dim("queued (1 before: %s In [%s])" % (who, count)))
+        self.painter.begin_cell()
+        try:
+            self.cell = cell = Cell(self.client.submit("execute_request", {
+                "code": text, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": True,
+                "stop_on_error": True}, on_message=self._hear))
+        except KernelDied as died:
+            self.died = died.cause
+            self.next_input = Document(text)
+            self._choose_after_death()
+            return
+        self.painter.is_muffled = False
+        while not self._is_over(cell):
+            self.pump(self._patience(cell))
+            while self.actions and self.cell is cell and not self._is_over(cell):
+                self.actions.pop(0)()
+        self.cell = None
+        self.painter.end_cell()
+        cell.pending.cancel()
+        if cell.lost is not None:
+            self.painter.say("In [%s] was running and is lost" % ("?" if cell.count is None else cell.count))
+        elif cell.reply is not None:
+            if type(cell.reply.content.get("execution_count")) is int:
+                self.count = max(self.count, cell.reply.content["execution_count"] + 1)
+            self._handle_payload(cell.reply.content.get("payload"))
+
+    def _hear(self, message: Message) -> None:
+        """Run by twoproc-client: output comes to us by `listen`, in order with that of others."""
+        if message.msg_type in ("execute_reply", "input_request"):
+            self.inbox.put("message", message)
+
+    def _is_over(self, cell: Cell) -> bool:
+        # 2 s: for kernels that never say idle.
+        return (self.exit_code is not None or self.cell is not cell or cell.lost is not None
+                or cell.reply is not None and (cell.is_idle or time.monotonic() > cell.replied_at + 2.0))
+
+    def _patience(self, cell: Cell) -> float | None:
+        if cell.reply is not None:
+            return 0.5
+        if self.painter.is_muffled and cell.interrupted_at is not None:
+            left = cell.interrupted_at + MUFFLED_SECONDS - time.monotonic()
+            if left <= 0:
+                self.painter.unmuffle()
+                return 0
+            return left
+        if self.painter.has_unfinished_lines:
+            return 1.0
+        return None
+
+    def _wait_client(self) -> bool:
+        """The first Enter may come before the kernel; it is not lost."""
+        while self.client is None and self.connect_error is None and self.exit_code is None:
+            self.pump(None)
+        return self.client is not None
+
+    def _interrupt_cell(self) -> None:
+        cell = self.cell
+        now = time.monotonic()
+        is_insisting = cell.interrupted_at is not None and now - cell.interrupted_at < INSISTING_SECONDS
+        cell.interrupted_at = now
+        self.painter.is_muffled = True
+        try:
+            self.client.submit("interrupt_request", {})
+        except (KernelDied, ValueError):
+            return
+        if is_insisting:
+            if self.process is not None:
+                with contextlib.suppress(OSError):
+                    self.process.interrupt()
+            self.actions.append(self._choose_after_insisting)
+
+    def _choose_after_insisting(self) -> None:
+        cell = self.cell
+        if cell is None or self.pump_until(lambda: self._is_over(cell), 0.5):
+            return
+        self.painter.unmuffle()
+        choice = self.choose("It does not stop. [w]ait [d]etach" + (" [r]estart [k]ill: " if self.process else ": "),
+                             "wdrk" if self.process else "wd", "w")
+        if cell is not self.cell or self._is_over(cell):
+            return
+        cell.interrupted_at = None
+        if choice == "d":
+            self.detach()
+        elif choice == "r":
+            self._restart()
+        elif choice == "k":
+            self.process.kill()
+
+    # -- questions of the kernel
+
+    def _answer(self) -> None:
+        """Let the pending request call `_ask`; its time limit is over as soon as the user has thought."""
+        cell = self.cell
+        self._was_asked = False
+        while not self._was_asked and cell is not None and cell.reply is None and cell.lost is None:
+            try:
+                cell.pending.wait(0.001, on_input=self._ask)
+            except TimeoutError:
+                continue
+            except (KernelDied, OSError):
+                return
+
+    def _ask(self, prompt: str, password: bool) -> str:
+        self._was_asked = True
+        self.painter.flush_lines()
+        lead = self.painter.take_line()
+        message = lead + screen.EscapeFilter(colors=self.painter.colors, moves=False).feed(prompt)
+        session: PromptSession = PromptSession(
+            message=ANSI(message), history=InMemoryHistory() if password else self.answers,
+            enable_history_search=not password, input_processors=[Invisible()] if password else None,
+            color_depth=self.session.color_depth, editing_mode=self.session.editing_mode)
+        try:
+            answer = self._run_prompt(session)
+        finally:
+            self.painter.begin_cell()
+        if answer is None:
+            raise EOFError      # the cell ended, or the kernel did, while the user was thinking
+        return answer
+
+    def choose(self, question: str, letters: str, default: str) -> str:
+        """One key out of `letters`; Enter, Ctrl-C and Ctrl-D mean `default`."""
+        keys = KeyBindings()
+        for letter in letters:
+            @keys.add(letter, eager=True)
+            @keys.add(letter.upper(), eager=True)
+            def _chosen(event: Any, letter: str = letter) -> None:
+                event.current_buffer.insert_text(letter)
+                event.app.exit(result=letter)
+
+        @keys.add("<any>")
+        def _ignore(event: Any) -> None:
+            pass
+
+        self.painter.flush_lines()
+        self.painter.fresh_line()
+        session: PromptSession = PromptSession(message=question, key_bindings=keys, history=InMemoryHistory(),
+                                               color_depth=self.session.color_depth)
+        with contextlib.suppress(KeyboardInterrupt, EOFError):
+            return self._run_prompt(session) or default
+        return default
+
+    # -- payloads
+
+    def _handle_payload(self, payload: Any) -> None:
+        for part in payload if isinstance(payload, list) else []:
+            source = part.get("source") if isinstance(part, dict) else None
+            if source == "set_next_input":
+                self.next_input = _at_end(str(part.get("text", "")))
+            elif source == "page":
+                self.page(screen.text_of(part.get("data") or {"text/plain": str(part.get("text", ""))}))
+            elif source in ("edit", "edit_magic"):
+                self._edit_file(str(part.get("filename", "")), part.get("line_number"))
+            elif source == "ask_exit":
+                self.leave(asks=False, keeps=bool(part.get("keepkernel")))
+
+    def page(self, text: str) -> None:
+        """On the screen if there is room, else in the pager."""
+        text = screen.EscapeFilter(colors=self.painter.colors, moves=False).feed(text).rstrip("\n")
+        columns, height = self.painter.size()
+        rows = screen.rows_below(text, columns)
+        if rows is not None and rows < height - 2:
+            self.painter.say(text)
+            return
+        command = shlex.split(os.environ.get("PAGER") or "less -R")
+        if command[:1] == ["less"] and "-R" not in command:
+            command.append("-R")
+        try:
+            self._write(self.painter.take())
+            pager = subprocess.Popen(command, stdin=subprocess.PIPE)
+        except (OSError, ValueError, IndexError):
+            self.painter.say(text)
+            return
+        with contextlib.suppress(BrokenPipeError):      # the reader has seen enough
+            pager.stdin.write(text.encode("utf-8", "backslashreplace"))
+        with contextlib.suppress(BrokenPipeError):
+            pager.stdin.close()
+        pager.wait()
+        self._forget_interrupts()
+
+    def _edit_file(self, path: str, line: Any) -> None:
+        if not os.path.exists(path):
+            self.painter.say("%s is not on this machine, edit it where the kernel runs" % path)
+            return
+        editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+        try:
+            self._write(self.painter.take())
+            subprocess.call([*editor, *(["+%d" % line] if type(line) is int else []), path])
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text = file.read()
+        except (OSError, ValueError) as error:
+            self.painter.say("the editor %s could not be run: %s" % (" ".join(editor), error))
+            return
+        self._forget_interrupts()
+        # Shown before it runs: what was written in the editor is the user's next input, to be confirmed by Enter.
+        self.next_input = _at_end(text.rstrip() if text.count("\n") <= 100 else "%%run -i %s" % shlex.quote(path))
+
+    def _forget_interrupts(self) -> None:
+        """Ctrl-C in a pager or an editor was for them."""
+        for item in self.inbox.get_nowait():
+            if item[0] != "interrupt":
+                self.inbox.put(*item)
+
+    # -- commands to the frontend
+
+    COMMANDS: dict[str, tuple[str, str]] = {
+        "help": ("", "these commands"),
+        "interrupt": ("", "stop what the kernel runs, whoever started it"),
+        "restart": ("", "a fresh interpreter at the same address, for everybody"),
+        "shutdown": ("", "end the kernel and leave"),
+        "detach": ("", "leave; the kernel lives on"),
+        "who": ("", "who else was seen at this kernel"),
+        "kernels": ("", "your kernels on this machine"),
+        "connect": ("NAME", "leave this kernel for another"),
+    }
+
+    def command(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        if name not in self.COMMANDS:
+            prefix = self.settings["frontend.command_prefix"]
+            self.painter.say("%s%s: no such command; there are %s"
+                             % (prefix, name, ", ".join(prefix + known for known in self.COMMANDS)))
+            return
+        getattr(self, "command_" + name)(argument.strip())
+
+    def command_help(self, argument: str) -> None:
+        prefix = self.settings["frontend.command_prefix"]
+        for name, (parameter, meaning) in self.COMMANDS.items():
+            self.painter.say("%-16s %s" % (prefix + name + (" " + parameter if parameter else ""), meaning))
+        self.painter.say("%-16s %s" % ("Ctrl-D", "leave"))
+        self.painter.say("%-16s %s" % ("Ctrl-\\", "detach, also while a cell runs"))
+
+    def command_interrupt(self, argument: str) -> None:
+        if self._wait_client():
+            with self._one_line("not interrupted"):
+                self.client.interrupt(timeout=2.0)
+                self.painter.say("interrupted")
+
+    def command_restart(self, argument: str) -> None:
+        if self.choose("Restart kernel %s? Its variables are lost%s. [y]es [n]o: " % (self.name, self._for_others()),
+                       "yn", "n") == "y":
+            self._restart()
+
+    def _restart(self) -> None:
+        if self.process is None:
+            self.painter.say("only who started kernel %s can restart it; :shutdown ends it" % self.name)
+            return
+        self.painter.say("restarting kernel %s" % self.name)
+        self._write(self.painter.take())
+        with self._one_line("not restarted"):
+            self.process.restart()
+            if self.client is not None:
+                self.client.wait_ready(timeout=30.0)
+            self.died, self.count = None, 1
+        self.busy = None
+
+    def command_shutdown(self, argument: str) -> None:
+        if self.process is None or self._others_now():
+            if self.choose("End kernel %s%s? [y]es [n]o: " % (self.name, self._for_others()), "yn", "n") != "y":
+                return
+        self._end_kernel()
+
+    def command_detach(self, argument: str) -> None:
+        self.detach()
+
+    def command_who(self, argument: str) -> None:
+        now = time.monotonic()
+        for name, heard in self.others.values():
+            self.painter.say("%-16s heard %d s ago" % (name, now - heard))
+        if not self.others:
+            self.painter.say("nobody else was heard of; the kernel tells only when somebody does something")
+
+    def command_kernels(self, argument: str) -> None:
+        with self._one_line("kernels"):
+            for line in kernel_lines(self.connection_file):
+                self.painter.say(line)
+
+    def command_connect(self, argument: str) -> None:
+        with self._one_line("not connected"):
+            path = connection.find_connection_file(argument or None)
+            if self.client is not None:
+                self.client.close(0.5)
+            self.painter.say("left kernel %s, it lives on; now at %s" % (self.name, connection.kernel_name_of(path)))
+            self._join(path)
+
+    def _join(self, target: Any) -> None:
+        self._target(target)
+        self.count, self.busy, self.died = 1, None, None
+        self.others.clear()
+        self.connect()
+        self.pump_until(lambda: self.client is not None or self.connect_error is not None, 5.0)
+
+    @contextlib.contextmanager
+    def _one_line(self, what: str):
+        """An error in here is one line on the screen, and the session goes on."""
+        try:
+            yield
+        except (KernelDied, TimeoutError, OSError, ValueError, connection.ConnectionFileError) as error:
+            self.painter.say("%s: %s" % (what, error))
+
+    # -- leaving
+
+    def _others_now(self) -> list[str]:
+        limit = time.monotonic() - PRESENCE_SECONDS
+        return sorted({name for name, heard in self.others.values() if heard > limit})
+
+    def _for_others(self) -> str:
+        others = self._others_now()
+        return ", also for " + ", ".join(others) if others else ""
+
+    def leave(self, asks: bool, keeps: bool = False) -> None:
+        """Ctrl-D (asks) and `exit`: end our own kernel if we are alone, else only go."""
+        if self.process is None or keeps or self.keep or self.died is not None or self._others_now():
+            self.detach()
+        elif asks and self.settings["frontend.confirm_exit"]:
+            choice = self.choose("End kernel %s too? [y]es [k]eep it [n]o, stay: " % self.name, "ykn", "n")
+            if choice == "y":
+                self._end_kernel()
+            elif choice == "k":
+                self.detach()
+        else:
+            self._end_kernel()
+
+    def detach(self) -> None:
+        self.painter.fresh_line()
+        if self.died is not None:
+            self.exit_code = 70
+            return
+        self.painter.say("left kernel %s, it lives on%s; join it again with: %s" % (
+            self.name, self._for_others().replace(", also", ""), join_command(self.name)))
+        self._write(self.painter.take())
+        if self.process is not None:
+            self.process.detach()
+        self.exit_code = 0
+
+    def _end_kernel(self) -> None:
+        name = self.name
+        with self._one_line("kernel %s" % name):
+            if self.process is not None:
+                self.process.shutdown()
+            elif self._wait_client():
+                self.client.shutdown(timeout=5.0)
+            self.painter.say("kernel %s ended" % name)
+        self._write(self.painter.take())
+        self.exit_code = 0
+
+    # -- death
+
+    def _choose_after_death(self) -> None:
+        cause = self.died
+        if cause is None:
+            return
+        if cause.startswith("restarted"):
+            # Somebody starts it again: its successor answers in a moment.
+            self.painter.say("kernel %s" % cause)
+            if self.pump_until(lambda: self.died is None, 10.0):
+                return
+        verb = "killed (%s)" % cause if re.fullmatch("SIG[A-Z0-9]+", cause) else cause
+        self.painter.say("kernel %s: %s" % (self.name, verb) + self._last_words())
+        if self.cell is not None:
+            return      # run_cell says what is lost, and comes back here
+        letters = "rnq" if self.process is not None else "nq"
+        choice = self.choose("%s[n]ew kernel [q]uit: " % ("[r]estart " if self.process is not None else ""),
+                             letters, "q")
+        if choice == "r":
+            self._restart()
+        elif choice == "n":
+            self._start_new()
+        else:
+            self.exit_code = 70
+
+    def _last_words(self) -> str:
+        return ""
+
+    def _choose_after_failure(self) -> None:
+        error, self.connect_error = self.connect_error, None
+        if error is None or self.client is not None:
+            return
+        self.painter.say("kernel %s: %s" % (self.name, error))
+        if self.choose("[n]ew kernel [q]uit: ", "nq", "q") == "n":
+            self._start_new()
+        else:
+            self.exit_code = 70 if isinstance(error, KernelDied) else getattr(error, "exit_code", 2)
+
+    def _start_new(self) -> None:
+        if self.client is not None:
+            self.client.close(0.5)
+        with self._one_line("no kernel could be started"):
+            process = self.launch()
+            self.painter.say("new kernel %s" % connection.kernel_name_of(process.connection_file))
+            self._join(process)
+
+
+# -- small helpers
+
+_LEAVING = re.compile(r"(exit|quit)(\((keep_kernel\s*=\s*True|True)?\))?")
+
+
+def join_command(name: str) -> str:
+    package = __name__.rpartition(".")[0]
+    return "%s -m %s.frontend --existing %s" % (os.path.basename(sys.executable) or "python", package, name)
+
+
+def kernel_lines(current: str = "") -> list[str]:
+    """One line for each kernel of ours that lives, the newest first."""
+    lines = []
+    for path in connection.alive_kernels():
+        pid = connection.holder_pid(path)
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
+        lines.append("%-16s pid %-8s since %s%s" % (connection.kernel_name_of(path), pid or "?", started,
+                                                    "  (this one)" if path == current else ""))
+    return lines
+
+
+def _ends_empty(text: str) -> bool:
+    return "\n" in text and not text.rpartition("\n")[2].strip()
+
+
+def _indentation_of(line: str) -> str:
+    return line[:len(line) - len(line.lstrip())]
+
+
+def _at_end(text: str) -> Document:
+    return Document(text, len(text))
+
+
+def _lexer_of(language: dict) -> Lexer:
+    """The lexer that the kernel recommends; plain text if pygments does not know it."""
+    wanted = language.get("pygments_lexer") or language.get("name") or "python"
+    if isinstance(wanted, dict):
+        wanted = wanted.get("name", "text")
+    try:
+        if wanted in ("ipython3", "ipython", "python", "python3"):
+            # By name pygments would look through all installed packages for it.
+            try:
+                from ipython_pygments_lexers import IPython3Lexer as found
+            except ImportError:     # IPython before 9
+                from pygments.lexers.python import PythonLexer as found
+            return PygmentsLexer(found)
+        from pygments.lexers import get_lexer_by_name
+        return PygmentsLexer(type(get_lexer_by_name(str(wanted))))
+    except Exception:       # ClassNotFound, and whatever a foreign plug-in does as it is imported
+        return SimpleLexer()
+
+
+def _style(colors: str) -> Style:
+    """The sixteen colours of the terminal's own theme, so that it decides what they look like."""
+    string, comment, function = {
+        "light": ("ansired", "ansigray", "ansiblue"),
+        "dark": ("ansiyellow", "ansibrightblack", "ansibrightblue"),
+    }.get(colors, ("ansiyellow", "ansibrightblack", "ansiblue"))
+    return Style.from_dict({
+        "prompt": "ansigreen", "prompt.number": "ansibrightgreen bold",
+        "pygments.keyword": "ansigreen", "pygments.keyword.constant": "ansigreen",
+        "pygments.operator.word": "ansimagenta", "pygments.literal.string": string,
+        "pygments.literal.number": "ansicyan", "pygments.comment": comment,
+        "pygments.name.function": function, "pygments.name.class": function, "pygments.name.decorator": "ansimagenta",
+        "pygments.name.builtin": "ansicyan", "pygments.name.exception": "ansired", "pygments.error": "ansired",
+        "auto-suggestion": "ansibrightblack",
+        "bottom-toolbar": "noreverse ansibrightblack", "bottom-toolbar.text": "",
+    })
