@@ -29,6 +29,7 @@ TEST = [
     "nbformat",
     "pexpect",               # the terminal
     "setuptools>=70.1",      # builds the archives that the packaging test looks into
+    "trio",                  # %autoawait trio
 ]
 BENCH = ["ipykernel"]
 DEV = [*TEST, "mypy", "ruff"]
