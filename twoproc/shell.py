@@ -1107,10 +1107,10 @@ class History(HistoryManager):
                     if line[0] <= self._last_line:
                         self.session_number = 0      # somebody set the count back: a session of its own
                     self._start_session()
-                    self.db.execute("INSERT INTO history VALUES (?, ?, ?, ?)", (self.session_number, *line))
+                    self.db.execute("INSERT INTO history VALUES (?, ?, ?, ?)", (self.session_number, *storable(line)))
                     self._last_line = line[0]
                 self.db.executemany("INSERT OR REPLACE INTO output_history VALUES (?, ?, ?)",
-                                    [(self.session_number, *line) for line in outputs])
+                                    [(self.session_number, *storable(line)) for line in outputs])
         except BaseException:
             self.session_number, self._last_line = before
             raise
@@ -1123,7 +1123,7 @@ class History(HistoryManager):
         self.path = ":memory:"
         self.db = self._connect(sqlite3, ":memory:")
         self.new_session()
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(Exception):        # what was wrong with these lines is wrong here as well
             self._write(inputs, outputs)
 
     def complain(self, error: Exception) -> None:
@@ -1170,6 +1170,11 @@ class History(HistoryManager):
         except Exception as error:                   # the end of the kernel does not depend on it
             self.complain(error)
         self.new_session()
+
+
+def storable(line: tuple) -> tuple:
+    """A line of history as SQLite takes it: a lone surrogate, which UTF-8 has not, becomes its escape."""
+    return tuple(item.encode("utf-8", "backslashreplace").decode() if isinstance(item, str) else item for item in line)
 
 
 def is_locked(error: Exception) -> bool:
