@@ -304,6 +304,23 @@ class AsInPython(ShellCase):
         self.assertEqual(len(outcome.asked), 2)
         self.assertIn("42", outcome.text)
 
+    def test_breakpoint_at_the_end_of_a_cell_stops_in_the_cell(self):
+        outcome = self.assertRuns("here = 5\nbreakpoint()", answers=["p here * 9", "n", "n", "n", "n"])
+        self.assertIn("45", outcome.text)
+        self.assertNotIn("displayhook", outcome.text)
+        self.assertRuns("import sys; sys.gettrace() is None", "True")
+
+    def test_who_steps_goes_from_statement_to_statement_of_the_cell(self):
+        outcome = self.assertRuns("breakpoint()\nfirst = 1\nsecond = 2",
+                                  answers=["n", "n", "n", "p first + 41", "n", "c"])
+        self.assertIn("42", outcome.text)
+        self.assertNotIn("twoproc", outcome.text)
+
+    def test_a_debugger_that_was_told_to_continue_leaves_ctrl_c_alone(self):
+        for stop in ("breakpoint()", "import pdb; pdb.set_trace()"):
+            self.assertRuns(stop + "\nx = 1", answers=["c"])
+            self.assertRuns("import signal; signal.getsignal(signal.SIGINT) is signal.default_int_handler", "True")
+
     def test_debug_inspects_the_last_error(self):
         self.run_cell("def divide(a): return 1/a\ndivide(0)")
         outcome = self.assertRuns("%debug", answers=["p a + 77", "q"])

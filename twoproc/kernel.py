@@ -747,7 +747,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
             if warning:
                 logger.warning(warning)
         connection.in_forked_child(kernel.in_child)
-        kernel.run(lambda kernel: make_interpreter(kernel, arguments, settings))
+        kernel.run(lambda kernel: make_interpreter(kernel, arguments, path))
     except BaseException:
         connection.remove_files(path, info)
         claim.release()
@@ -806,14 +806,16 @@ def start_log(stream: Any) -> None:
     logger.propagate = False
 
 
-def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, settings: config.Settings) -> Interpreter:
+def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, path: str) -> Interpreter:
     """Import IPython: half of the time it takes to start.  Meanwhile twoproc-io answers already."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         setattr(sys, name, OutStream(name, descriptor, functools.partial(kernel.write_stream, name),
                                      kernel.before_write))
     sys.stdin = InStream(kernel.ask)
     from .shell import Interpreter
-    return Interpreter(kernel.publish, kernel.ask, profile_dir=arguments.profile_dir)
+    interpreter = Interpreter(kernel.publish, kernel.ask, profile_dir=arguments.profile_dir)
+    interpreter.connection_file = path
+    return interpreter
 
 
 if __name__ == "__main__":

@@ -165,12 +165,10 @@ class Interpreter:
             comm.get_comm_manager = lambda *args, **keys: self.comm_manager
 
     def _breakpoint(self, *args, **keys):
+        """breakpoint() in a cell: IPython's debugger, unless PYTHONBREAKPOINT names another."""
         if os.environ.get("PYTHONBREAKPOINT"):
             return sys.__breakpointhook__(*args, **keys)
-        if os.environ.get("PYTHONBREAKPOINT") == "":
-            del os.environ["PYTHONBREAKPOINT"]
-        from IPython.core.debugger import set_trace
-        return set_trace(sys._getframe().f_back, *args, **keys)
+        self.shell.debugger_cls().set_trace(sys._getframe().f_back)
 
     @property
     def banner(self) -> str:
@@ -219,8 +217,8 @@ class Interpreter:
         self._offer_loop(code)
         reply: dict = {"status": "ok"}
         try:
-            result = run(lambda: shell.run_cell(code, store_history=store_history and not silent, silent=silent,
-                                                cell_id=cell_id))
+            result = run(lambda: shell.run_request(code, store_history=store_history and not silent, silent=silent,
+                                                   cell_id=cell_id))
             error = result.error_before_exec or result.error_in_exec
             if error is not None or shell.is_display_broken:
                 reply = {"status": "error", **(shell.last_error or describe(error))}
@@ -679,6 +677,7 @@ class ZMQInteractiveShell(InteractiveShell):
     inputhook: Callable | None = None       # for %gui: called with a context, while idle, by kernel.py
     cell = ""                               # the source of the running cell
     last_error: dict | None = None          # the latest `error` content of the running cell
+    stepping: Callable | None = None        # the trace function of a debugger between two statements of a cell
     is_display_broken = False               # an error was shown while a result was being formatted
 
     @default("exiter")
@@ -738,6 +737,38 @@ class ZMQInteractiveShell(InteractiveShell):
     def start_cell(self, code: str) -> None:
         self.cell, self.last_error, self.is_display_broken = code, None, False
 
+    def run_request(self, code: str, **options) -> Any:
+        """run_cell, and no debugger that outlives its cell."""
+        try:
+            return self.run_cell(code, **options)
+        finally:
+            self.stepping = None
+            if "bdb" in sys.modules:
+                handler = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+                if isinstance(handler, sys.modules["bdb"].Bdb):         # pdb's `continue` takes Ctrl-C for itself
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def pause_debugger(self) -> None:
+        """After a statement: who steps through the cell stops at the next one, not in what lies between."""
+        bdb = sys.modules.get("bdb")
+        self.stepping = None
+        if bdb is not None and isinstance(getattr(sys.gettrace(), "__self__", None), bdb.Bdb):
+            self.stepping = sys.gettrace()
+            sys.settrace(None)
+
+    @property
+    def debugger_cls(self) -> type:
+        """IPython's debugger, which does not stop in IPython or in us."""
+        from IPython.core.debugger import InterruptiblePdb
+
+        class Debugger(InterruptiblePdb):
+            def __init__(self, *args, **options):
+                options.setdefault("skip", ["IPython", "IPython.*", "traitlets", "traitlets.*", __package__ + ".*"])
+                options.setdefault("nosigint", True)
+                super().__init__(*args, **options)
+
+        return Debugger
+
     @contextlib.contextmanager
     def _tee(self, channel):
         # IPython 9 keeps a copy of all that a cell prints, for %notebook, by replacing sys.stdout.write:
@@ -752,10 +783,16 @@ class ZMQInteractiveShell(InteractiveShell):
         """
         __tracebackhide__ = "__ipython_bottom__"       # frames above this one are not the user's
         try:
-            if async_:
-                await eval(code_obj, self.user_global_ns, self.user_ns)
-            else:
-                exec(code_obj, self.user_global_ns, self.user_ns)
+            try:
+                if self.stepping is not None:
+                    sys.settrace(self.stepping)
+                if async_:
+                    await eval(code_obj, self.user_global_ns, self.user_ns)
+                else:
+                    exec(code_obj, self.user_global_ns, self.user_ns)
+            finally:
+                if sys.gettrace() is not None:
+                    self.pause_debugger()
             return False
         except BaseException as error:
             interruption = self.interpreter._interruption
