@@ -248,6 +248,15 @@ class Cells(ShellCase):
         self.assertEqual(sorted(outcome.written.split()), ["err", "out"])
         self.assertRuns("_exit_code", "3")
 
+    def test_connect_info_tells_the_file_and_keeps_the_key(self):
+        path = os.path.join(self.shell.home, "kernel-1.json")
+        with open(path, "w") as file:
+            json.dump({"transport": "ipc", "key": "top secret"}, file)
+        self.assertRuns("get_ipython().interpreter.connection_file = %r" % path)
+        text = self.assertRuns("%connect_info").text
+        self.assertIn("--existing " + path, text)
+        self.assertNotIn("top secret", text)
+
     def test_the_cell_can_be_named_by_the_environment(self):
         self.assertRuns("import os; os.environ['IPYKERNEL_CELL_NAME'] = '/tmp/my_script.py'")
         self.addCleanup(self.run_cell, "del os.environ['IPYKERNEL_CELL_NAME']")

@@ -103,7 +103,7 @@ class Interpreter:
         self._loop: Any = None
         self._awaiting: Any = None                    # the loop while a cell awaits on it; written by main only
         self._interruption: BaseException | None = None
-        self._silent_thread = 0                       # completes; IPython gives what fails there to sys.excepthook
+        self._completing = threading.local()          # .now: IPython gives what fails there to sys.excepthook
         self._is_starting = True
         self._startup_report = ""
         self.comm_manager = CommManager(self)
@@ -242,12 +242,12 @@ class Interpreter:
         from IPython.core.completer import provisionalcompleter, rectify_completions
         completions: list = []
         # The user's objects answer here (__dir__, __getattr__): whatever they raise is no completion.
-        self._silent_thread = threading.get_ident()
+        self._completing.now = True
         try:
             with contextlib.suppress(Exception), provisionalcompleter():
                 completions = list(rectify_completions(code, self.shell.Completer.completions(code, cursor_pos)))
         finally:
-            self._silent_thread = 0
+            self._completing.now = False
         start, end = (completions[0].start, completions[0].end) if completions else (cursor_pos, cursor_pos)
         return {"status": "ok", "matches": [found.text for found in completions],
                 "cursor_start": start, "cursor_end": end, "metadata": {"_jupyter_types_experimental": [
@@ -856,7 +856,7 @@ class ZMQInteractiveShell(InteractiveShell):
 
     def excepthook(self, etype, value, tb) -> None:
         """sys.excepthook: for toolkits that hand the errors of callbacks to it."""
-        if threading.get_ident() != self.interpreter._silent_thread:
+        if not getattr(self.interpreter._completing, "now", False):
             self.showtraceback((etype, value, tb), tb_offset=0)
 
     def show_usage_error(self, exc) -> None:
@@ -1026,7 +1026,9 @@ class KernelMagics(Magics):
             print("This kernel has no connection file.", file=sys.stderr)
             return
         with open(path, encoding="utf-8") as file:
-            print(file.read())
+            # Without the key: what a cell prints is saved in notebooks.
+            print(json.dumps({**json.load(file), "key": "(in the file)"}, indent=2))
+        print("The connection file is %s." % path)
         print("Attach another frontend, on this machine and as the same user, with one of\n"
               "    python -m %s.frontend --existing %s\n"
               "    jupyter console --existing %s" % (__package__, path, path))
