@@ -45,6 +45,7 @@ DEADLINE = 20           # seconds; generous, for a machine that is busy with oth
 KERNEL = os.environ.get("TWOPROC_TEST_KERNEL",
                         f"{shlex.quote(sys.executable)} -m twoproc.kernel -f {{connection_file}}")
 IS_OURS = "twoproc" in KERNEL
+IS_SOAK = bool(os.environ.get("TWOPROC_TEST_SOAK"))     # set by `python -m soak`
 
 _pause = threading.Event()      # never set: waiting for it is how wait_until rests between two looks
 
@@ -64,6 +65,11 @@ def wait_until(predicate, deadline=DEADLINE, what=None, pause=0.005):
         if time.monotonic() > end:
             raise DeadlineError(f"not within {deadline} s: {what or predicate}")
         _pause.wait(pause)
+
+
+def rounds(suite, soak):
+    """How many: a few in the suite, all of them in the long campaigns of soak/."""
+    return soak if IS_SOAK else suite
 
 
 # -- folders and processes
@@ -203,7 +209,7 @@ class Kernel(Process):
 
     def client(self, case=None, ready=True, **options):
         """A client of this kernel; ready: it has had an answer and sees iopub."""
-        client = Client(self.info, **options)
+        client = Client(self.info, kernel=self, **options)
         _cleanup(case or self.case, client.close)
         if ready:
             client.wait_ready()
@@ -235,8 +241,8 @@ class KernelCase(unittest.TestCase):
         self.assertTrue(self.kernel.is_alive, self.kernel.log())
         client = client or self.client
         for channel in ("shell", "control"):
-            reply = client.request(channel, "kernel_info_request", deadline=deadline)
-            self.assertEqual(reply.content["status"], "ok")
+            result = client.result(client.send(channel, "kernel_info_request"), channel, deadline)
+            self.assertEqual(result.status, "ok")
         self.assertEqual(client.execute("1+1", deadline=deadline).value, "2")
 
 
@@ -291,9 +297,11 @@ class Result:
 class Client:
     """A raw client. One thread only; a test with two clients in two threads makes each in its own."""
 
-    def __init__(self, info, key=None, session=None, identity=None, channels=CHANNELS, options=()):
-        """key, identity: other than the honest ones; options: (zmq option, value) for every socket."""
+    def __init__(self, info, key=None, session=None, identity=None, channels=CHANNELS, options=(), kernel=None):
+        """key, identity: other than the honest ones; options: (zmq option, value) for every socket;
+        kernel: the process, so that nobody waits for the answer of a dead one."""
         self.info = info
+        self.kernel = kernel
         self.key = info.get("key", "").encode() if key is None else key
         self.session = session or uuid.uuid4().hex
         self.identity = identity or self.session.encode()
@@ -374,7 +382,12 @@ class Client:
                     frames = socket.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
                     break
-                self.inbox[channel].append(frames if channel == "hb" else self.parse(frames))
+                if channel == "hb":     # a REQ socket: one echo for each word
+                    self.inbox[channel].append(frames)
+                    break
+                message = self.parse(frames)
+                if message.header["msg_type"] != "iopub_welcome":       # it answers nobody's request
+                    self.inbox[channel].append(message)
 
     def parse(self, frames):
         start = frames.index(DELIMITER)
@@ -398,7 +411,11 @@ class Client:
             left = end - time.monotonic()
             if left <= 0:
                 raise DeadlineError(f"nothing on {channel} within {deadline} s: {what or 'a message'}")
-            self.collect(left)
+            is_alive = self.kernel is None or self.kernel.is_alive
+            self.collect(min(left, 0.5))
+            if not is_alive and len(inbox) == seen:
+                raise DeadlineError(f"the kernel ended with {self.kernel.popen.returncode} before {what}:\n"
+                                    + self.kernel.log())
 
     def reply(self, msg_id, channel="shell", deadline=DEADLINE):
         return self.take(channel, lambda message: message.parent_id == msg_id, deadline, f"reply to {msg_id}")
