@@ -1,0 +1,309 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""Ctrl-C reaches every kind of code, and every way to end a kernel ends it properly.
+
+Each cell of CELLS would run for a minute or for ever. It is interrupted while it does, by an
+interrupt_request and by SIGINT to the process group (what a terminal sends), and must have ended within a
+second, as KeyboardInterrupt; the next cell then runs as if nothing had been.
+"""
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+from . import support
+
+SECONDS = 1.0       # from the interrupt to the reply
+
+# What is to be interrupted; each prints "now" when it is about to wait, or runs where it cannot.
+CELLS = {
+    "a loop": "print('now')\nwhile True: pass",
+    "time.sleep": "import time\nprint('now')\ntime.sleep(60)",
+    "await asyncio.sleep": "import asyncio\nprint('now')\nawait asyncio.sleep(60)",
+    "time.sleep inside an awaited coroutine": """
+import time
+async def block():
+    print('now')
+    time.sleep(60)
+await block()""",
+    "gather of such": """
+import asyncio, time
+async def block():
+    print('now')
+    time.sleep(60)
+await asyncio.gather(block(), block(), block())""",
+    "gather of sleeps": "import asyncio\nprint('now')\nawait asyncio.gather(*(asyncio.sleep(60) for _ in range(5)))",
+    "asyncio.run": "import asyncio\nprint('now')\nasyncio.run(asyncio.sleep(60))",
+    "subprocess.run": "import subprocess\nprint('now')\nsubprocess.run(['sleep', '60'])",
+    "os.system": "import os\nprint('now')\nos.system('sleep 60')",
+    "queue.get": "import queue\nprint('now')\nqueue.Queue().get()",
+    "queue.SimpleQueue": "import queue\nprint('now')\nqueue.SimpleQueue().get()",
+    "lock.acquire": "import threading\nlock = threading.Lock(); lock.acquire()\nprint('now')\nlock.acquire()",
+    "thread.join": """
+import threading, time
+print('now')
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+threading.enumerate()[-1].join()""",
+    "select": "import select, os\nr, w = os.pipe()\nprint('now')\nselect.select([r], [], [])",
+    "a shell line": "print('now')\n!sleep 60",
+    "printing": "print('now')\nwhile True: print('x' * 100)",
+    "a list comprehension": "print('now')\n[i for i in iter(int, 1)]",
+}
+# os.system waits in C with SIGINT ignored until its child, which the interrupt reaches too, has ended.
+RETURNS_NORMALLY = {"os.system", "a shell line"}
+
+
+class InterruptCase(support.KernelCase):
+    def by_message(self):
+        self.assertEqual(self.client.request("control", "interrupt_request").content["status"], "ok")
+
+    def by_signal(self):
+        self.kernel.signal(signal.SIGINT)
+
+    def interrupt_round(self, name, interrupt):
+        client = self.client
+        msg_id = client.send_execute(CELLS[name])
+        client.wait_text(msg_id, "now")
+        if name in ("subprocess.run", "os.system", "a shell line"):
+            # The child must run: between fork and exec there is nothing yet to interrupt.
+            support.wait_until(lambda: "sleep" in self.children(), what="the child")
+        started = time.monotonic()
+        interrupt()
+        reply = client.reply(msg_id)
+        self.assertLess(time.monotonic() - started, SECONDS)
+        if name not in RETURNS_NORMALLY:
+            self.assertEqual(reply.content["status"], "error")
+            self.assertEqual(reply.content["ename"], "KeyboardInterrupt")
+        client.output(msg_id)
+        self.check_next_cell(reply.content["execution_count"])
+
+    def children(self):
+        """The names of the programs in the kernel's process group and below, but for itself."""
+        listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,pgid=,comm="], capture_output=True, text=True).stdout
+        return [comm for pid, ppid, pgid, comm in (line.split(None, 3) for line in listing.splitlines())
+                if str(self.kernel.pid) in (ppid, pgid) and int(pid) != self.kernel.pid]
+
+    def check_next_cell(self, count):
+        """The next cell runs normally, one number on, and no task of the interrupted one is left."""
+        result = self.client.execute("import asyncio, time; time.sleep(0.01); await asyncio.sleep(0.01); "
+                                     "len(asyncio.all_tasks()) == 1")
+        self.assertEqual(result.status, "ok")
+        self.assertEqual(result.value, "True")
+        self.assertEqual(result.reply.content["execution_count"], count + 1)
+
+
+class EveryKindOfCode(InterruptCase):
+    def interrupted_each(self, interrupt):
+        for round_number in range(support.rounds(2, 200)):
+            for name in CELLS:
+                with self.subTest(name, round=round_number):
+                    self.interrupt_round(name, interrupt)
+
+    def test_ends_by_an_interrupt_request(self):
+        self.interrupted_each(self.by_message)
+
+    def test_ends_by_ctrl_c_in_the_terminal(self):
+        self.interrupted_each(self.by_signal)
+
+    def test_a_waiting_input_ends_and_the_next_question_is_answered(self):
+        for interrupt in [self.by_message, self.by_signal] * support.rounds(2, 200):
+            msg_id = self.client.send_execute("input('? ')", allow_stdin=True)
+            late = self.client.take("stdin", what="input_request")
+            started = time.monotonic()
+            interrupt()
+            result = self.client.result(msg_id)
+            self.assertLess(time.monotonic() - started, SECONDS)
+            self.assertEqual(result.reply.content["ename"], "KeyboardInterrupt")
+            self.client.answer(late, "too late")
+            self.assertEqual(self.client.execute("input('? ')", answers=["right"]).value, "'right'")
+
+    def test_no_task_of_an_interrupted_cell_goes_on(self):
+        self.client.execute("ticks = []")
+        msg_id = self.client.send_execute("""
+import asyncio
+async def tick():
+    while True:
+        ticks.append(1)
+        await asyncio.sleep(0.01)
+task = asyncio.ensure_future(tick())
+print('now')
+await asyncio.gather(task, asyncio.sleep(60))""")
+        self.client.wait_text(msg_id, "now")
+        self.by_message()
+        self.assertEqual(self.client.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
+        more = self.client.execute("before = len(ticks); await asyncio.sleep(0.1); len(ticks) - before").value
+        self.assertEqual(more, "0")
+
+    def test_the_cleaning_up_of_an_interrupted_cell_is_done(self):
+        self.client.execute("cleaned = []")
+        for wait in ("time.sleep(60)", "await asyncio.sleep(60)"):
+            msg_id = self.client.send_execute("import asyncio, time\ntry:\n    print('now')\n    " + wait +
+                                              "\nfinally:\n    cleaned.append(1)")
+            self.client.wait_text(msg_id, "now")
+            self.by_message()
+            self.client.result(msg_id)
+        self.assertEqual(self.client.execute("len(cleaned)").value, "2")
+
+
+class WhatElseAnInterruptDoes(InterruptCase):
+    def test_an_idle_kernel_is_not_disturbed(self):
+        for interrupt in [self.by_message, self.by_signal] * 20:
+            interrupt()
+            self.assertEqual(self.client.execute("1+1").value, "2")
+
+    def test_interrupts_in_quick_succession_while_cells_come_and_go(self):
+        for _ in range(support.rounds(200, 5000)):
+            msg_id = self.client.send_execute("sum(range(1000))")
+            self.client.send("control", "interrupt_request")
+            self.assertIn(self.client.result(msg_id).status, ("ok", "error"))
+            self.client.inbox["control"].clear()
+        self.client.drain()
+        self.assert_serves()
+
+    def test_another_client_may_interrupt(self):
+        other = self.kernel.client(self)
+        msg_id = self.client.send_execute(CELLS["time.sleep"])
+        self.client.wait_text(msg_id, "now")
+        other.request("control", "interrupt_request")
+        self.assertEqual(self.client.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
+
+    def test_code_that_catches_it_goes_on_and_a_second_one_ends_it(self):
+        msg_id = self.client.send_execute("""
+import time
+print('now')
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print('caught')
+    time.sleep(60)""")
+        self.client.wait_text(msg_id, "now")
+        self.by_message()
+        self.client.wait_text(msg_id, "caught")
+        self.by_signal()
+        self.assertEqual(self.client.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
+
+    def test_a_handler_of_the_users_own_is_called_and_kept(self):
+        self.client.execute("import signal, time; seen = []\n"
+                            "old = signal.signal(signal.SIGINT, lambda *args: seen.append(args[0]))")
+        msg_id = self.client.send_execute("print('now')\nend = time.monotonic() + 20\n"
+                                          "while not seen and time.monotonic() < end: time.sleep(0.01)")
+        self.client.wait_text(msg_id, "now")
+        self.by_signal()
+        self.assertEqual(self.client.result(msg_id).status, "ok")
+        self.assertEqual(self.client.execute("signal.signal(signal.SIGINT, old); len(seen)").value, "1")
+        self.interrupt_round("time.sleep", self.by_message)
+
+    def test_an_import_lock_that_an_interrupt_left_behind_is_given_back(self):
+        self.client.execute("import _imp; _imp.acquire_lock(); raise KeyboardInterrupt")
+        result = self.client.execute("import threading\n"
+                                     "thread = threading.Thread(target=lambda: __import__('wave'))\n"
+                                     "thread.start(); thread.join(10); thread.is_alive()")
+        self.assertEqual(result.value, "False")
+
+    def test_it_works_in_a_kernel_that_was_started_with_sigint_ignored(self):
+        # As a shell starts a command with & in a script, and as nohup does.
+        pid_path = os.path.join(support.Home(self).path, "pid")
+        command = f"sh -c '{shlex.quote(sys.executable)} -m twoproc.kernel -f {{connection_file}} & " \
+                  f"echo $! > {pid_path}; wait'"
+        if not support.IS_OURS:
+            command = f"sh -c '{support.KERNEL} & echo $! > {pid_path}; wait'"
+        self.kernel = support.start_kernel(self, command=command, env={"JPY_PARENT_PID": ""})
+        with open(pid_path) as file:
+            pid = int(file.read())
+        self.client = self.kernel.client(self)
+        for interrupt in (self.by_message, lambda: os.kill(pid, signal.SIGINT)):
+            self.interrupt_round("time.sleep", interrupt)
+            self.interrupt_round("a loop", interrupt)
+
+
+class Ending(unittest.TestCase):
+    """Every ordinary end: exit functions run, the connection file goes, the status says what it was."""
+
+    BUSY = {"idle": "1", "in a sleep": "import time; time.sleep(60)", "in a loop": "while True: pass",
+            "in an await": "import asyncio; await asyncio.sleep(60)"}
+
+    def start(self, **options):
+        self.kernel = support.start_kernel(self, **options)
+        self.client = self.kernel.client(self)
+        self.mark = os.path.join(self.kernel.home.path, "atexit-ran")
+        self.client.execute(f"import atexit; atexit.register(lambda: open({self.mark!r}, 'w').close())")
+
+    def run_cell(self, code):
+        msg_id = self.client.send_execute(code)
+        self.client.wait_running(msg_id)
+        if code == "1":
+            self.client.result(msg_id)
+        return msg_id
+
+    def check_ended(self, status, seconds=2.0):
+        started = time.monotonic()
+        self.assertIn(self.kernel.wait(), status)
+        self.assertLess(time.monotonic() - started, seconds)
+        self.assertTrue(os.path.exists(self.mark), "atexit functions did not run")
+        self.assertFalse(os.path.exists(self.kernel.connection_file), "the connection file is still there")
+        left = [name for name in os.listdir(self.kernel.home.run) if "kernel-" in name]
+        self.assertEqual(left, [])
+
+    def test_sigterm_and_sighup_end_it_as_a_shutdown_does(self):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            for name, code in self.BUSY.items():
+                with self.subTest(f"{number.name} {name}"):
+                    self.start()
+                    self.run_cell(code)
+                    os.kill(self.kernel.pid, number)
+                    self.check_ended((128 + number, -number))
+
+    def test_a_shutdown_request_ends_it_within_two_seconds(self):
+        for name, code in self.BUSY.items():
+            with self.subTest(name):
+                self.start()
+                self.run_cell(code)
+                reply = self.client.request("control", "shutdown_request", {"restart": False}, deadline=1)
+                self.assertEqual(reply.content, {"status": "ok", "restart": False})
+                self.check_ended((0,))
+
+    def test_code_that_refuses_to_end_is_left_within_two_seconds(self):
+        self.start()
+        self.run_cell("while True:\n    try:\n        while True: pass\n    except BaseException: pass")
+        self.client.request("control", "shutdown_request", {"restart": False})
+        self.check_ended((0,), 3)
+
+    def test_a_shutdown_request_on_shell_is_obeyed_as_well(self):
+        self.start()
+        self.client.request("shell", "shutdown_request", {"restart": False})
+        self.check_ended((0,))
+
+    def test_a_restart_leaves_the_connection_file_for_the_next_one(self):
+        self.start()
+        reply = self.client.request("control", "shutdown_request", {"restart": True})
+        self.assertTrue(reply.content["restart"])
+        self.assertEqual(self.kernel.wait(), 0)
+        self.assertTrue(os.path.exists(self.kernel.connection_file))
+
+    def test_a_cell_that_is_running_is_said_to_be_over(self):
+        self.start()
+        msg_id = self.run_cell("import time; time.sleep(60)")
+        self.client.send("control", "shutdown_request", {"restart": False})
+        self.assertEqual(self.client.output(msg_id)[-1].content, {"execution_state": "idle"})
+        self.check_ended((0,))
+
+    def test_it_ends_with_its_parent(self):
+        for name, code in (("idle", "1"), ("busy", "import time; time.sleep(60)")):
+            with self.subTest(name):
+                parent = support.Process(self, ["sleep", "60"])
+                self.start(env={"JPY_PARENT_PID": str(parent.pid)})
+                self.run_cell(code)
+                parent.end()
+                self.check_ended((0, 1), 3)
+
+    def test_threads_of_the_user_do_not_keep_it(self):
+        self.start()
+        self.client.execute("import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()")
+        self.client.request("control", "shutdown_request", {"restart": False})
+        self.check_ended((0,))
+
+
+if __name__ == "__main__":
+    unittest.main()
