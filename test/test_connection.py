@@ -657,6 +657,17 @@ sys.stdin.read()
         os.utime(connection.lock_path(path), (0, 0))
         self.assertEqual(connection.remove_stale(), [connection.kernel_name_of(path)])
 
+    def test_the_log_of_a_kernel_that_has_gone_is_removed_and_the_log_of_one_that_is_there_stays(self):
+        child, path = self.kernel()
+        gone = connection.log_path(self.path("gone.json"))
+        for log in (gone, connection.log_path(path)):
+            with open(log, "w"):
+                os.utime(log, (0, 0))
+        connection.remove_stale(os.path.dirname(gone))
+        self.assertFalse(os.path.exists(gone))
+        connection.remove_stale()
+        self.assertTrue(os.path.exists(connection.log_path(path)))
+
     def test_files_of_other_programs_in_the_folder_stay(self):
         folder = self.path("jupyter")
         os.mkdir(folder)

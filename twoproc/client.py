@@ -325,6 +325,7 @@ class Client:
         """Wait until the kernel has answered and its output reaches us; returns its kernel_info_reply.
 
         Raises NotReady with the cause, at once where it is certain, else when `timeout` is over, and KernelDied.
+        The client stays usable after it: a kernel of which the reason is "busy" can be interrupted.
         """
         may_give_up = timeout is None and self.process is None
         if timeout is None:
@@ -438,7 +439,11 @@ class Client:
     def execute_nowait(self, code: str, *, silent: bool = False, store_history: bool = True,
                        user_expressions: dict | None = None, allow_stdin: bool = False, stop_on_error: bool = True,
                        on_message: Callable[[Message], None] | None = None) -> Pending:
-        """Send a cell and return at once; `wait` on the result as often as needed, with on_output and on_input."""
+        """Send a cell and return at once; `wait` on the result as often as needed, with on_output and on_input.
+
+        allow_stdin: whether the waits will have an on_input.  What nobody waits for must be cancelled: its
+        output is kept, and beyond UNREAD_CHARS holds up everybody's.
+        """
         return self.submit("execute_request", {
             "code": code, "silent": silent, "store_history": store_history and not silent,
             "user_expressions": user_expressions or {}, "allow_stdin": allow_stdin, "stop_on_error": stop_on_error,

@@ -724,7 +724,7 @@ def remove_stale(folder: str | None = None) -> list[str]:
                     path = path.removesuffix(".lock")
                     if _remove_if_stale(path):
                         removed.append(kernel_name_of(path))
-                elif (entry.endswith(".tmp") or is_dead_socket(path)) and not _is_fresh(path):
+                elif (entry.endswith(".tmp") or _is_lone_log(path) or is_dead_socket(path)) and not _is_fresh(path):
                     os.unlink(path)
     return removed
 
@@ -748,6 +748,12 @@ def _remove_if_stale(path: str) -> bool:
     finally:
         _unlock(path, fd)
     return True
+
+
+def _is_lone_log(path: str) -> bool:
+    """Whether it is the log of a kernel that ended properly, but after its launcher."""
+    kernel = f"{path.removesuffix('.log')}.json"
+    return path.endswith(".log") and not os.path.lexists(kernel) and not os.path.lexists(lock_path(kernel))
 
 
 def is_dead_socket(path: str) -> bool:

@@ -239,15 +239,16 @@ class KernelProcess:
     def _name_cause(self, returncode: int) -> str:
         if self._is_expected and returncode == 0:
             return "restarted" if self.is_restarting else "shut down"
-        if returncode >= 0:
-            return "exit status %d" % returncode
-        number = -returncode
+        # 128 + n is how shells, and our kernel after it has tidied up, say that signal n ended them.
+        number = -returncode if returncode < 0 else returncode - 128
         try:
             name = signal.Signals(number).name
         except ValueError:
-            name = "signal %d" % number
-        if number == self._signal_sent:
+            name = "signal %d" % number if returncode < 0 else ""
+        if name and number == self._signal_sent:
             return "%s from its launcher" % name
+        if returncode >= 0:
+            return "exit status %d%s" % (returncode, name and " (%s)" % name)
         return "killed from outside (kill -9 or out of memory)" if name == "SIGKILL" else name
 
     # -- ending
@@ -276,6 +277,8 @@ class KernelProcess:
         try:
             if self.process is not None:
                 self._end(polite, restart=True)
+            if self.is_ours:
+                connection.reserve(self.connection_file)    # else somebody may tidy up before it is claimed again
             if not os.path.lexists(self.connection_file):   # a kernel that ends properly removes it
                 connection.write_connection_file(self.connection_file, info)
             self.start(timeout)
