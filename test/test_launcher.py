@@ -193,7 +193,7 @@ class Ending(LauncherCase):
                             ("__import__('os').kill(__import__('os').getpid(), 11)", "SIGSEGV"),
                             ("__import__('os').abort()", "SIGABRT"),
                             ("__import__('os').kill(__import__('os').getpid(), 9)",
-                             "killed from outside (kill -9 or out of memory)")):
+                             "SIGKILL from outside (kill -9 or out of memory)")):
             with self.subTest(cause=cause):
                 process = self.launch()
                 heard = []

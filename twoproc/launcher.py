@@ -249,7 +249,7 @@ class KernelProcess:
             return "%s from its launcher" % name
         if returncode >= 0:
             return "exit status %d%s" % (returncode, name and " (%s)" % name)
-        return "killed from outside (kill -9 or out of memory)" if name == "SIGKILL" else name
+        return "SIGKILL from outside (kill -9 or out of memory)" if name == "SIGKILL" else name
 
     # -- ending
     def interrupt(self, timeout: float = 5.0) -> None:
