@@ -20,11 +20,12 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, config, connection, launcher
+from .start import Start, banner, kernel_lines
 
 if TYPE_CHECKING:
     from .client import Client
@@ -74,7 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernel", metavar="NAME", help="start this Jupyter kernel instead of our own")
     parser.add_argument("--name", help="what to call the kernel that is started")
     parser.add_argument("--keep", action="store_true", help="leave the kernel running at the end")
-    parser.add_argument("--plain", "--simple", action="store_true", help="no colours, no moving cursor, also on a terminal")
+    parser.add_argument("--plain", "--simple", action="store_true",
+                        help="no colours and no moving cursor, also on a terminal")
     parser.add_argument("--quiet", action="store_true", help="no banner")
     parser.add_argument("--json", action="store_true",
                         help="write every iopub message of the code that is run as one line of JSON")
@@ -90,17 +92,20 @@ def run(arguments: argparse.Namespace, settings: config.Settings) -> int:
     is_batch = (source is not None or not _is_terminal(sys.stdin)) and not (arguments.interactive and has_terminal)
     is_plain = is_batch or arguments.plain or arguments.json or not has_terminal or (
         os.environ.get("TERM", "dumb") in ("dumb", "unknown", "emacs"))
-    start = Start(arguments, settings, keep=arguments.keep or not is_plain, source=source)
+    # IPYKERNEL_CELL_NAME: the script's own name in tracebacks.
+    env = {"IPYKERNEL_CELL_NAME": source.path} if source is not None and source.path else None
+    start = Start(arguments, settings, keep=arguments.keep or not is_plain, env=env)
     if is_plain:
         return Plain(start, arguments, settings).run(source, is_batch)
     try:
         from .terminal import Terminal
     except ImportError as error:
-        start.end()
+        start.end()     # not started for a terminal that cannot be
         return fail(f"{error}; the terminal needs prompt_toolkit, which comes with IPython: use --plain", 1)
+    another = argparse.Namespace(**{**vars(arguments), "existing": None, "name": None})
     return _guarded(lambda: Terminal(
-        start, settings, launch=lambda: Start(arguments, settings, keep=True), keep=arguments.keep,
-        banner=(lambda name: []) if arguments.quiet else banner, source=source).run())
+        start, settings, start_another=lambda: Start(another, settings, keep=True), keep=arguments.keep,
+        is_quiet=arguments.quiet, source=source).run())
 
 
 def read_code(arguments: argparse.Namespace) -> Source | None:
@@ -131,71 +136,6 @@ class Source:
         if self.path is not None:
             lines += [f"sys.path.insert(0, {os.path.dirname(self.path)!r})", f"__file__ = {self.path!r}"]
         return "\n".join([*lines, "del sys"])
-
-
-class Start:
-    """The kernel: being started by a thread from the first moment on, or found.
-
-    process: its launcher.KernelProcess, None for somebody else's kernel.  `wait` before connecting.
-    """
-
-    def __init__(self, arguments: argparse.Namespace, settings: config.Settings, keep: bool,
-                 source: Source | None = None):
-        self.process: launcher.KernelProcess | None = None
-        self.error: Exception | None = None
-        self._thread: threading.Thread | None = None
-        if arguments.existing is not None:
-            self.connection_file = connection.find_connection_file(arguments.existing or None)
-            return
-        options: dict[str, Any] = {"name": arguments.name, "keep": keep}
-        if arguments.kernel is None:
-            options["transport"] = settings["kernel.transport"]
-            words = [word for item in arguments.set for word in ("--set", item)]
-            options["arguments"] = (["--config", arguments.config] if arguments.config else []) + words
-        if source is not None and source.path is not None:
-            options["env"] = {"IPYKERNEL_CELL_NAME": source.path}       # in tracebacks
-        self.process = launcher.KernelProcess(arguments.kernel, **options)
-        self.connection_file = self.process.connection_file
-        self._thread = threading.Thread(target=self._run, name="twoproc-start", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.process.start()
-        except Exception as error:      # told to whoever waits, in the thread that can say it
-            self.error = error
-
-    def wait(self) -> Any:
-        """What a Client connects to; raises what went wrong."""
-        if self._thread is not None:
-            self._thread.join()
-        if self.error is not None:
-            raise self.error
-        return self.process or self.connection_file
-
-    def end(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        if self.process is not None:
-            self.process.shutdown()
-
-
-def banner(name: str) -> list[str]:
-    return [f"twoproc {__version__}, Python {sys.version.split()[0]}; kernel {name}; :help lists the commands",
-            f"a second terminal joins with: {join_command(name)}"]
-
-
-def join_command(name: str) -> str:
-    return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend --existing {name}"
-
-
-def kernel_lines(current: str = "") -> Iterator[str]:
-    """One line for each kernel of ours that lives, the newest first."""
-    for path in connection.alive_kernels():
-        with contextlib.suppress(OSError):
-            since = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
-            mark = "  (this one)" if path == current else ""
-            yield f"{connection.kernel_name_of(path):16} pid {connection.holder_pid(path) or '?':<8} since {since}{mark}"
 
 
 def list_kernels() -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Callable
+from collections.abc import Callable
 
 from . import screen
 from .session import Message
@@ -52,6 +52,7 @@ class Painter:
     def _forget_streams(self) -> None:
         self._gates: dict[tuple, screen.EscapeFilter] = {}
         self._lines: dict[tuple, screen.Lines] = {}
+        self._old_lines: set[tuple] = set()
 
     # -- what terminal.py calls
 
@@ -88,7 +89,7 @@ class Painter:
         """A line of the frontend's own."""
         self.fresh_line()
         self._add(text + "\n")
-        self._block, self._display = None, None
+        self._block = None
 
     def fresh_line(self) -> None:
         if self._line:
@@ -107,10 +108,15 @@ class Painter:
 
     def flush_lines(self, keys: list | None = None) -> None:
         """Show the unfinished lines of other speakers as they are."""
-        for key in keys or list(self._lines):
+        for key in list(self._lines) if keys is None else keys:
             lines = self._lines.pop(key, None)
             if lines:
                 self._whole_lines(key[0], lines.flush())
+
+    def flush_old_lines(self) -> None:
+        """To be called once a second: shows the unfinished lines that were there a second ago."""
+        self.flush_lines([key for key in self._lines if key in self._old_lines])
+        self._old_lines = set(self._lines)
 
     @property
     def has_unfinished_lines(self) -> bool:
@@ -122,6 +128,9 @@ class Painter:
             handle = getattr(self, "handle_" + message.msg_type, None)
             if handle is not None and not (who and (self.others == "off" or self.others == "inputs"
                                                     and message.msg_type != "execute_input")):
+                if message.msg_type != "stream":
+                    session = message.parent_header.get("session")
+                    self.flush_lines([key for key in self._lines if key[1] == session])
                 handle(message, who)
 
     # -- one kind of message each

@@ -31,7 +31,8 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterable
+from typing import Any
+from collections.abc import Callable, Iterable
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
@@ -52,8 +53,10 @@ from prompt_toolkit.styles import Style
 from . import connection, screen
 from .cells import check_complete
 from .client import Client, KernelDied
+from .launcher import LaunchError
 from .painter import Painter
 from .session import Message
+from .start import banner, join_command, kernel_lines
 
 # A second Ctrl-C within this time says that the first one did not help.
 INSISTING_SECONDS = 2.0
@@ -161,9 +164,12 @@ class KernelCompleter(Completer):
         terminal = self.terminal
         if terminal.client is None:
             return
+        # The limit is for a kernel that has something else to do; one at rest may be loading its completer.
+        is_busy = terminal.client.execution_state == "busy"
         try:
-            content = terminal.client.complete(document.text, document.cursor_position,
-                                               timeout=terminal.settings["frontend.complete_seconds"]).content
+            content = terminal.client.complete(
+                document.text, document.cursor_position,
+                timeout=terminal.settings["frontend.complete_seconds"] if is_busy else 3.0).content
         except (TimeoutError, KernelDied, OSError, ValueError, RuntimeError) as error:
             if isinstance(error, TimeoutError):
                 terminal.inbox.put("note", "kernel busy")
@@ -205,20 +211,17 @@ class Cell:
 class Terminal:
     """One user, one terminal, one kernel at a time.
 
-    target: a launcher.KernelProcess that we own, or a connection file to attach to.  launch: starts another
-    kernel and returns its KernelProcess.  cell: a first input, run without being typed.
+    start: a start.Start.  start_another: returns the Start of a fresh kernel.  keep: leaving never ends the
+    kernel.  source: a frontend.Source to run before the first prompt.
     """
 
-    def __init__(self, target: Any, settings: Any, *, launch: Callable[..., Any], banner: Callable[[str], list[str]],
-                 keep: bool = False, username: str | None = None, cell: str | None = None):
+    def __init__(self, start: Any, settings: Any, *, start_another: Callable[[], Any], keep: bool = False,
+                 is_quiet: bool = False, source: Any = None):
         self.settings = settings
-        self.launch, self.banner, self.keep, self.username = launch, banner, keep, username
-        self.first_cell = cell
+        self.start, self.start_another = start, start_another
+        self.keep, self.is_quiet, self.source = keep, is_quiet, source
         self.inbox = Inbox()
         self.client: Client | None = None
-        self.process: Any = None
-        self.connection_file = ""
-        self._target(target)
         self.exit_code: int | None = None
         self.count = 1                      # the number in the prompt
         self.language = "python"
@@ -226,11 +229,12 @@ class Terminal:
         self.busy: tuple[str, str, Any, float] | None = None    # msg_id, who, count, since: somebody else's cell
         self.others: dict[str, tuple[str, float]] = {}          # session -> name, when last heard of
         self.died: str | None = None        # the cause, from the death of the kernel until it is replaced
+        self.lost = ""                      # what else to say about it
         self.note = ""                      # a word in the toolbar, gone with the next key
         self.next_input: Document | None = None
         self.actions: list[Callable[[], None]] = []     # what main does next, instead of asking for input
         self.connect_error: Exception | None = None
-        self.is_quiet_until = 0.0
+        self.is_settled = False             # the kernel was found, or was not
         self._is_away = False               # an editor or a pager has the screen
         self._app: Any = None
         colors = settings["frontend.colors"] != "off" and not os.environ.get("NO_COLOR")
@@ -242,28 +246,31 @@ class Terminal:
         self.lexer: Lexer = SimpleLexer()
         self.session = self._make_session(colors)
 
-    def _target(self, target: Any) -> None:
-        self.process = target if hasattr(target, "connection_file") else None
-        self.connection_file = target.connection_file if self.process is not None else target
+    @property
+    def process(self) -> Any:
+        """The launcher.KernelProcess of a kernel that we started, else None."""
+        return self.start.process
 
     @property
     def name(self) -> str:
-        return connection.kernel_name_of(self.connection_file)
+        return connection.kernel_name_of(self.start.connection_file)
 
     # -- the life of the program
 
     def run(self) -> int:
         """Until the user leaves; returns the exit code."""
         self._catch_signals()
-        for line in self.banner(self.name):
+        for line in [] if self.is_quiet else banner(self.name):
             self.painter.say(line)
         self._write(self.painter.take())
         self.connect()
         if self.process is None:
             # Somebody else's kernel: its prompt number is worth waiting for; one that is slow is not.
-            self.pump_until(lambda: self.client is not None or self.connect_error is not None, 1.0)
-        if self.first_cell is not None:
-            self.run_cell(self.first_cell)
+            self.pump_until(lambda: self.is_settled, 1.0)
+        if self.source is not None and self._wait_client():
+            if self.language == "python":
+                self.client.execute(self.source.prelude(), silent=True)
+            self.run_cell(self.source.code)
         while self.exit_code is None:
             if self.actions:
                 self.actions.pop(0)()
@@ -283,36 +290,44 @@ class Terminal:
 
     def connect(self) -> None:
         """Find the kernel in a thread; "ready" or "failed" comes into the inbox."""
-        self.client, self.connect_error = None, None
-        target = self.process or self.connection_file
-        threading.Thread(target=self._connect, args=(target,), name="twoproc-connect", daemon=True).start()
+        if self.client is not None:
+            self.client.close(0.5)
+        self.client, self.connect_error, self.died, self.busy = None, None, None, None
+        self.count, self.is_settled = 1, False
+        self.others.clear()
+        threading.Thread(target=self._connect, args=(self.start,), name="twoproc-connect", daemon=True).start()
 
-    def _connect(self, target: Any) -> None:
+    def _connect(self, start: Any) -> None:
         """Run by twoproc-connect."""
         client = None
         try:
-            client = Client(target, username=self.username)
+            client = Client(start.wait())
             client.listen(lambda message: self.inbox.put("iopub", client, message))
             client.watch(lambda state: self.inbox.put(state, client))
             info = client.wait_ready().content
-            self.inbox.put("ready", target, client, info)
+            if start.process is None:
+                with contextlib.suppress(TimeoutError):
+                    entries = client.history("range", session=0, start=1, timeout=1.0).content.get("history") or []
+                    self.inbox.put("count", client, max((entry[1] for entry in entries), default=0) + 1)
+            self.inbox.put("ready", start, client, info)
             self.inbox.put("lexer", _lexer_of(info.get("language_info") or {}))
-            with contextlib.suppress(TimeoutError):
-                entries = client.history("range", session=0, start=1, timeout=2.0).content.get("history") or []
-                self.inbox.put("count", client, max((entry[1] for entry in entries), default=0) + 1)
             with contextlib.suppress(TimeoutError):
                 entries = client.history("tail", n=1000, timeout=2.0).content.get("history") or []
                 self.inbox.put("history", [entry[2] for entry in entries])
         except Exception as error:      # whatever it is, main shows it in one line and says what can be done
-            if client is not None and self.client is not client:
+            if client is None or client is not self.client:
+                self.inbox.put("failed", start, error)
+            if client is not None and client is not self.client:
                 client.close(0)
-            self.inbox.put("failed", target, error)
 
     # -- what comes out of the inbox
 
     def pump(self, timeout: float | None) -> None:
         """Wait for news, handle it, and show it.  Main, while no prompt is up."""
-        self._handle(self.inbox.get(timeout))
+        items = self.inbox.get(timeout)
+        if not items:
+            self.painter.flush_old_lines()
+        self._handle(items)
         self._write(self.painter.take())
 
     def pump_until(self, predicate: Callable[[], bool], timeout: float) -> bool:
@@ -329,7 +344,7 @@ class Terminal:
         for kind, *values in items:
             if kind == "iopub":
                 client, message = values
-                if client is self.client or self.client is None:
+                if client is self.client:
                     self._note_message(message)
                     messages.append((message, self._speaker(message)))
                     if message.msg_type == "status" and self._is_mine(message):
@@ -375,17 +390,17 @@ class Terminal:
                 self.painter.flush_lines()
             self._refresh()
 
-    def handle_ready(self, target: Any, client: Client, info: dict) -> None:
-        if target is not (self.process or self.connection_file):
+    def handle_ready(self, start: Any, client: Client, info: dict) -> None:
+        if start is not self.start:
             client.close(0)
             return
-        self.client = client
+        self.client, self.is_settled = client, True
         language = info.get("language_info") or {}
         self.language = str(language.get("name") or "python").lower()
 
-    def handle_failed(self, target: Any, error: Exception) -> None:
-        if target is (self.process or self.connection_file) and self.client is None:
-            self.connect_error = error
+    def handle_failed(self, start: Any, error: Exception) -> None:
+        if start is self.start and self.client is None:
+            self.connect_error, self.is_settled = error, True
             self._interrupt_prompt(self._choose_after_failure)
 
     def handle_lexer(self, lexer: Lexer) -> None:
@@ -393,9 +408,8 @@ class Terminal:
         self._refresh()
 
     def handle_count(self, client: Client, count: int) -> None:
-        if client is self.client and count > self.count:
-            self.count = count
-            self._refresh()
+        if self.client in (None, client):
+            self.count = max(self.count, count)
 
     def handle_history(self, entries: list) -> None:
         self.history.merge([entry for entry in entries if isinstance(entry, str)])
@@ -477,7 +491,7 @@ class Terminal:
             def tick() -> None:
                 """Every second: the time in the toolbar, half lines that have waited long enough."""
                 if self.painter.has_unfinished_lines and not self._is_away:
-                    self.painter.flush_lines()
+                    self.painter.flush_old_lines()
                     self._draw_above_prompt()
                 if self._update_toolbar():
                     self._app.invalidate()
@@ -633,7 +647,7 @@ class Terminal:
         def _edit(event: Any) -> None:
             self._is_away = True
             task = event.current_buffer.open_in_editor()
-            task.add_done_callback(lambda task: self._come_back(task))
+            task.add_done_callback(self._come_back)
 
         @keys.add("c-\\")
         def _detach(event: Any) -> None:
@@ -735,7 +749,10 @@ class Terminal:
         self.painter.end_cell()
         cell.pending.cancel()
         if cell.lost is not None:
-            self.painter.say("In [%s] was running and is lost" % ("?" if cell.count is None else cell.count))
+            if cell.count is None:      # it had not begun: typed once is enough
+                self.next_input = _at_end(text)
+            else:
+                self.lost = " while running In [%s], which is lost" % cell.count
         elif cell.reply is not None:
             if type(cell.reply.content.get("execution_count")) is int:
                 self.count = max(self.count, cell.reply.content["execution_count"] + 1)
@@ -760,9 +777,7 @@ class Terminal:
                 self.painter.unmuffle()
                 return 0
             return left
-        if self.painter.has_unfinished_lines:
-            return 1.0
-        return None
+        return 1.0 if self.painter.has_unfinished_lines else None
 
     def _wait_client(self) -> bool:
         """The first Enter may come before the kernel; it is not lost."""
@@ -775,15 +790,13 @@ class Terminal:
         now = time.monotonic()
         is_insisting = cell.interrupted_at is not None and now - cell.interrupted_at < INSISTING_SECONDS
         cell.interrupted_at = now
+        self.painter.say("")        # the terminal itself has written ^C
         self.painter.is_muffled = True
         try:
-            self.client.submit("interrupt_request", {})
-        except (KernelDied, ValueError):
+            self.client.interrupt_nowait()
+        except ValueError:      # this client was just closed
             return
         if is_insisting:
-            if self.process is not None:
-                with contextlib.suppress(OSError):
-                    self.process.interrupt()
             self.actions.append(self._choose_after_insisting)
 
     def _choose_after_insisting(self) -> None:
@@ -963,12 +976,11 @@ class Terminal:
             return
         self.painter.say("restarting kernel %s" % self.name)
         self._write(self.painter.take())
+        if self.client is not None:
+            self.client.close(0.5)      # before the death that it would report
         with self._one_line("not restarted"):
             self.process.restart()
-            if self.client is not None:
-                self.client.wait_ready(timeout=30.0)
-            self.died, self.count = None, 1
-        self.busy = None
+            self.connect()
 
     def command_shutdown(self, argument: str) -> None:
         if self.process is None or self._others_now():
@@ -988,30 +1000,28 @@ class Terminal:
 
     def command_kernels(self, argument: str) -> None:
         with self._one_line("kernels"):
-            for line in kernel_lines(self.connection_file):
+            for line in kernel_lines(self.start.connection_file):
                 self.painter.say(line)
 
     def command_connect(self, argument: str) -> None:
         with self._one_line("not connected"):
-            path = connection.find_connection_file(argument or None)
-            if self.client is not None:
-                self.client.close(0.5)
-            self.painter.say("left kernel %s, it lives on; now at %s" % (self.name, connection.kernel_name_of(path)))
-            self._join(path)
+            found = _Found(connection.find_connection_file(argument or None))
+            self.painter.say("left kernel %s, it lives on" % self.name)
+            self._join(found)
 
-    def _join(self, target: Any) -> None:
-        self._target(target)
-        self.count, self.busy, self.died = 1, None, None
-        self.others.clear()
+    def _join(self, start: Any) -> None:
+        self.start = start
         self.connect()
-        self.pump_until(lambda: self.client is not None or self.connect_error is not None, 5.0)
+        self.pump_until(lambda: self.is_settled, 5.0)
+        if self.client is not None:
+            self.painter.say("now at kernel %s" % self.name)
 
     @contextlib.contextmanager
     def _one_line(self, what: str):
         """An error in here is one line on the screen, and the session goes on."""
         try:
             yield
-        except (KernelDied, TimeoutError, OSError, ValueError, connection.ConnectionFileError) as error:
+        except (KernelDied, TimeoutError, OSError, ValueError, connection.ConnectionFileError, LaunchError) as error:
             self.painter.say("%s: %s" % (what, error))
 
     # -- leaving
@@ -1045,8 +1055,6 @@ class Terminal:
         self.painter.say("left kernel %s, it lives on%s; join it again with: %s" % (
             self.name, self._for_others().replace(", also", ""), join_command(self.name)))
         self._write(self.painter.take())
-        if self.process is not None:
-            self.process.detach()
         self.exit_code = 0
 
     def _end_kernel(self) -> None:
@@ -1063,18 +1071,17 @@ class Terminal:
     # -- death
 
     def _choose_after_death(self) -> None:
-        cause = self.died
-        if cause is None:
+        if self.died is None:
             return
-        if cause.startswith("restarted"):
+        is_told = self.died.startswith(("shut down", "restarted"))
+        self.painter.say("kernel %s%s %s%s" % (self.name, "" if is_told else " died:", self.died, self.lost))
+        self.lost = ""
+        if self.died.startswith("restarted"):
             # Somebody starts it again: its successor answers in a moment.
-            self.painter.say("kernel %s" % cause)
             if self.pump_until(lambda: self.died is None, 10.0):
                 return
-        verb = "killed (%s)" % cause if re.fullmatch("SIG[A-Z0-9]+", cause) else cause
-        self.painter.say("kernel %s: %s" % (self.name, verb) + self._last_words())
-        if self.cell is not None:
-            return      # run_cell says what is lost, and comes back here
+        for line in self.process.last_words() if self.process is not None and not is_told else []:
+            self.painter.say("  " + screen.without_escapes(line))
         letters = "rnq" if self.process is not None else "nq"
         choice = self.choose("%s[n]ew kernel [q]uit: " % ("[r]estart " if self.process is not None else ""),
                              letters, "q")
@@ -1084,9 +1091,6 @@ class Terminal:
             self._start_new()
         else:
             self.exit_code = 70
-
-    def _last_words(self) -> str:
-        return ""
 
     def _choose_after_failure(self) -> None:
         error, self.connect_error = self.connect_error, None
@@ -1099,12 +1103,8 @@ class Terminal:
             self.exit_code = 70 if isinstance(error, KernelDied) else getattr(error, "exit_code", 2)
 
     def _start_new(self) -> None:
-        if self.client is not None:
-            self.client.close(0.5)
         with self._one_line("no kernel could be started"):
-            process = self.launch()
-            self.painter.say("new kernel %s" % connection.kernel_name_of(process.connection_file))
-            self._join(process)
+            self._join(self.start_another())
 
 
 # -- small helpers
@@ -1112,20 +1112,15 @@ class Terminal:
 _LEAVING = re.compile(r"(exit|quit)(\((keep_kernel\s*=\s*True|True)?\))?")
 
 
-def join_command(name: str) -> str:
-    package = __name__.rpartition(".")[0]
-    return "%s -m %s.frontend --existing %s" % (os.path.basename(sys.executable) or "python", package, name)
+class _Found:
+    """Somebody else's kernel, as a Start."""
+    process = None
 
+    def __init__(self, connection_file: str):
+        self.connection_file = connection_file
 
-def kernel_lines(current: str = "") -> list[str]:
-    """One line for each kernel of ours that lives, the newest first."""
-    lines = []
-    for path in connection.alive_kernels():
-        pid = connection.holder_pid(path)
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
-        lines.append("%-16s pid %-8s since %s%s" % (connection.kernel_name_of(path), pid or "?", started,
-                                                    "  (this one)" if path == current else ""))
-    return lines
+    def wait(self) -> str:
+        return self.connection_file
 
 
 def _ends_empty(text: str) -> bool:
