@@ -215,7 +215,7 @@ class Pending:
                 self.client.interrupt_nowait()      # the kernel's input() raises it there
                 return
         if self.reply is None:      # else the cell ended while the user was thinking: nobody asks any more
-            self.client._answer(message, value)
+            self.client.answer(message, value)
 
     def _timeout_error(self, timeout: float | None) -> TimeoutError:
         what = "reply to" if self.reply is None else "end of"
@@ -231,7 +231,7 @@ class Pending:
             if message.msg_type != "input_request":
                 return
             if not self._allows_input:
-                self.client._answer(message, END_OF_INPUT)
+                self.client.answer(message, END_OF_INPUT)
                 return
         elif message.msg_type.endswith("_reply"):
             self.reply = self.reply or message
@@ -526,7 +526,8 @@ class Client:
     def _is_interrupted_by_signal(self) -> bool:
         return self.process is not None and self.process.interrupt_mode == "signal"
 
-    def _answer(self, question: Message, value: str) -> None:
+    def answer(self, question: Message, value: str) -> None:
+        """Answer an input_request that came to an `on_message`; where there is an on_input, that one answers."""
         frames = self._session.serialize("input_reply", {"value": value, "status": "ok"}, question.header_bytes)
         self._channels.send("stdin", frames)
 
@@ -551,7 +552,7 @@ class Client:
                 self._call(pending._receive, channel, message)
                 woken[pending.msg_id] = pending
             elif channel == "stdin" and message.msg_type == "input_request":
-                self._answer(message, END_OF_INPUT)     # who could have answered has stopped waiting
+                self.answer(message, END_OF_INPUT)      # who could have answered has stopped waiting
         for pending in woken.values():
             pending._bell.ring()
         self._ready_bell.ring()
@@ -728,7 +729,7 @@ def _process_descriptor(pid: int) -> Any:
         if hasattr(os, "pidfd_open"):
             return os.pidfd_open(pid)
         import select
-        if hasattr(select, "kqueue"):
+        if sys.platform != "linux" and hasattr(select, "kqueue"):
             events = select.kqueue()
             events.control([select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD | select.KQ_EV_ONESHOT,
                                           select.KQ_NOTE_EXIT)], 0)
