@@ -29,15 +29,16 @@ ROOMS = {
     # whoever talks to it
     "client": ("session channels connection", ""),
     "launcher": ("connection client", ""),
+    "start": ("connection config launcher", ""),
     "cells": ("", ""),
     "screen": ("", ""),
     "painter": ("session screen", ""),
-    "terminal": ("client connection session cells screen painter",
+    "terminal": ("client connection session cells screen painter start",
                  "prompt_toolkit pygments ipython_pygments_lexers"),
-    "frontend": ("client launcher connection config session cells screen painter terminal", "IPython"),
+    "frontend": ("client launcher connection config session cells screen painter start terminal", "IPython"),
 }
 KERNEL_SIDE = {"shell", "streams", "kernel"}
-CLIENT_SIDE = {"client", "launcher", "cells", "screen", "painter", "terminal", "frontend"}
+CLIENT_SIDE = {"client", "launcher", "start", "cells", "screen", "painter", "terminal", "frontend"}
 # `kernel --install-kernelspec` is a command that starts no kernel; a running one never loads the launcher.
 NEIGHBOURS = {("kernel", "launcher")}
 HEAVY = ("zmq", "IPython", "prompt_toolkit", "traitlets", "jupyter_client", "ipykernel", "tornado")
