@@ -239,6 +239,25 @@ class Ending(LauncherCase):
         self.assertEqual(pending.wait(support.DEADLINE).content["ename"], "KeyboardInterrupt")
 
 
+    @unittest.skipUnless(hasattr(signal, "pthread_sigmask"), "needs signal masks")
+    def test_a_kernel_started_by_a_thread_that_blocks_sigint_can_be_interrupted(self):
+        started = []
+
+        def start():
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            started.append(self.launch())
+            started.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join(support.DEADLINE)
+        client = self.connect(started[0])
+        self.assertIn(signal.SIGINT, started[1])
+        pending = client.execute_nowait("import time\nprint(1, flush=True)\ntime.sleep(60)")
+        support.wait_until(lambda: pending._inbox and pending._inbox[-1][1].msg_type == "stream")
+        client.interrupt()
+        self.assertEqual(pending.wait(5).content["ename"], "KeyboardInterrupt")
+
+
 class Restarting(LauncherCase):
 
     def test_a_restart_keeps_file_key_and_ports_and_everybody_returns(self):

@@ -131,6 +131,8 @@ class KernelProcess:
                       | getattr(os, "O_NOFOLLOW", 0), 0o600)
         self._ended.clear()
         self._cause, self._signal_sent, self._is_expected = None, 0, False
+        # A thread of ours may block SIGINT; the child would inherit that, and could never be interrupted.
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}) if os.name == "posix" else None
         try:
             self.process = subprocess.Popen(argv, env=self._environment(), cwd=self._cwd, stdin=subprocess.DEVNULL,
                                             stdout=log, stderr=log, start_new_session=True)
@@ -140,6 +142,8 @@ class KernelProcess:
             raise LaunchError("cannot start %s: %s" % (argv[0], error.strerror or error)) from None
         finally:
             os.close(log)
+            if mask is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         threading.Thread(target=self._reap, args=(self.process,), name="twoproc-launcher", daemon=True).start()
 
     def _environment(self) -> dict[str, str]:
