@@ -174,6 +174,7 @@ class Text(NamedTuple):
 MAX_QUEUED_REQUESTS = 10_000    # beyond it shell is left unread, and ZeroMQ makes the sender wait
 RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn
 DRAIN_SECONDS = 0.02            # of sending before the sockets get their turn
+SETTLE_SECONDS = 0.25           # between two looks at a reader that was given up
 
 
 class KernelChannels:
@@ -219,7 +220,10 @@ class KernelChannels:
         self._head: list | None = None              # the iopub message that a full reader did not take
         self._has_more = False                      # the outbox, when _drain had to leave it
         self._patience = SlowReaders(limits.slow_reader_seconds)
-        self._owed: deque = deque(maxlen=1000)      # idle messages that a full reader lost
+        self._is_losing = False                     # a full reader was given up and has not caught up; see _settle
+        self._owed: deque = deque(maxlen=1000)      # idle messages that it may have lost
+        self._settle_at = 0.0
+        self._was_read_up = False
         self._descriptors: dict[int, Callable[[], None]] = {}
         self._thread: threading.Thread | None = None
         self._stop_at: float | None = None
@@ -365,8 +369,8 @@ class KernelChannels:
             return 0
         if self._head is not None:
             waits.append(0.005)     # poll() calls iopub writable while send says it is full
-        if self._owed:
-            waits.append(0.25)
+        if self._is_losing:
+            waits.append(SETTLE_SECONDS)
         if not is_reading_shell:
             waits.append(0.05)
         if self.busy_parent is not None:
@@ -413,7 +417,7 @@ class KernelChannels:
         Not longer than DRAIN_SECONDS: a cell may print as fast as we send, and control must be heard meanwhile.
         """
         self._has_more = False
-        if self._owed:
+        if self._is_losing:
             self._settle()
         if self._head is not None and not self._publish_head():
             return
@@ -474,36 +478,61 @@ class KernelChannels:
     def _publish_head(self) -> bool:
         """Send the head; False: a reader is full, and it is not yet time to let that reader lose."""
         assert self._head is not None
-        if not self._send(self._sockets["iopub"], self._head):
-            if self._patience.is_over():
-                logger.warning("a reader of iopub is too slow: it loses messages until it catches up")
-                self._sockets["iopub"].setsockopt(zmq.XPUB_NODROP, 0)
-                self._patience.is_lossy = True
-                self._send(self._sockets["iopub"], self._head)
-            else:
+        iopub = self._sockets["iopub"]
+        if not self._send(iopub, self._head):
+            if not self._patience.is_over():
                 return False
-        if self._patience.is_lossy and b'"execution_state":"idle"' in self._head[-1]:
+            logger.warning("a reader of iopub is too slow: it loses messages until it catches up")
+            # One message sent without NODROP passes by the readers that are full, and from then on ZeroMQ leaves
+            # these out of account until they have read half of their queue.  All others stay protected by it.
+            iopub.setsockopt(zmq.XPUB_NODROP, 0)
+            self._send(iopub, self._head)
+            iopub.setsockopt(zmq.XPUB_NODROP, 1)
+            self._patience = SlowReaders(self.limits.slow_reader_seconds)
+            self._is_losing, self._settle_at, self._was_read_up = True, 0.0, False
+        if self._is_losing and b'"execution_state":"idle"' in self._head[-1]:
             self._owed.append(self._head)
         self._patience.sent()
         self._head = None
         return True
 
     def _settle(self) -> None:
-        """Once the slow reader has room again, repeat the idles it may have lost; then lose nothing again.
+        """Once the reader that was given up has caught up, repeat the idles it has lost.
 
         A stock client waits for a cell's idle for ever.  Those who had it already ignore its repetition.
+        ZeroMQ does not tell who is left out of account, the system does: such a reader's connection is full.
+        Looked at twice, because a connection may be empty for a moment between two messages of the queue.
         """
-        iopub = self._sockets["iopub"]
-        iopub.setsockopt(zmq.XPUB_NODROP, 1)
-        while self._owed:
-            if not self._send(iopub, self._owed[0]):
-                iopub.setsockopt(zmq.XPUB_NODROP, 0)
-                return
-            self._owed.popleft()
-        self._patience = SlowReaders(self.limits.slow_reader_seconds)
-        if self.busy_parent is not None:
-            self.outbox.put_back([Outgoing("iopub", "status", b'{"execution_state":"busy"}', self.busy_parent,
-                                           b"{}", [], [])])
+        now = time.monotonic()
+        if now < self._settle_at:
+            return
+        self._settle_at = now + SETTLE_SECONDS
+        is_read_up = self._is_read_up()
+        if is_read_up and self._was_read_up:
+            while self._owed and self._send(self._sockets["iopub"], self._owed[0]):
+                self._owed.popleft()
+            if not self._owed:
+                self._is_losing = False
+                if self.busy_parent is not None:
+                    self.outbox.put_back([Outgoing("iopub", "status", b'{"execution_state":"busy"}', self.busy_parent,
+                                                   b"{}", [], [])])
+        self._was_read_up = is_read_up
+
+    def _is_read_up(self) -> bool:
+        """Have the readers of iopub taken everything that was handed to the system for them?"""
+        try:
+            from fcntl import ioctl
+            from termios import TIOCOUTQ
+        except ImportError:         # Windows
+            return True
+        port = self.info.iopub_port if self.info.transport == "tcp" else self.info.url("iopub")[len("ipc://"):]
+        for descriptor, name in _own_sockets():
+            try:
+                if (name[1] if isinstance(name, tuple) else name) == port and any(ioctl(descriptor, TIOCOUTQ, bytes(4))):
+                    return False
+            except OSError:         # the listening socket
+                continue
+        return True
 
     @staticmethod
     def _send(sock: zmq.Socket, frames: list) -> bool:
@@ -526,17 +555,9 @@ class KernelChannels:
         alone: they belong to threads that do not exist here.
         """
         ours = {getattr(self.info, name) for name in self.info._fields if name.endswith("_port")}
-        for descriptor in _descriptors():
-            try:
-                if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                    continue
-                with socket.socket(fileno=os.dup(descriptor)) as sock:
-                    name = sock.getsockname()
-                is_ours = name[1] in ours if isinstance(name, tuple) else str(name).startswith(self.info.ip + "-")
-                if is_ours:
-                    os.close(descriptor)
-            except OSError:
-                continue
+        for descriptor, name in list(_own_sockets()):
+            if name[1] in ours if isinstance(name, tuple) else str(name).startswith(self.info.ip + "-"):
+                os.close(descriptor)
 
 
 class SlowReaders:
@@ -547,15 +568,14 @@ class SlowReaders:
     is given up after `seconds`.
     """
 
-    def __init__(self, seconds: float):
-        self.is_lossy = False
-        self._seconds = seconds
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self._seconds, self._clock = seconds, clock
         self._balance = 0.0
         self._waiting_since: float | None = None
-        self._sending_since = time.monotonic()
+        self._sending_since = clock()
 
     def is_over(self) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         if self._waiting_since is None:
             self._balance = max(0.0, self._balance - (now - self._sending_since))
             self._waiting_since = now
@@ -563,7 +583,7 @@ class SlowReaders:
 
     def sent(self) -> None:
         if self._waiting_since is not None:
-            self._sending_since = time.monotonic()
+            self._sending_since = self._clock()
             self._balance += self._sending_since - self._waiting_since
             self._waiting_since = None
 
@@ -603,11 +623,20 @@ def _check_socket_path(path: str, channel: str) -> None:
                                   % (path, channel), 4)
 
 
-def _descriptors() -> Iterator[int]:
+def _own_sockets() -> Iterator[tuple[int, Any]]:
+    """(descriptor, its getsockname()) of every socket of this process."""
     try:
-        return iter([int(name) for name in os.listdir("/dev/fd")])
+        descriptors: Iterable[int] = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:
-        return iter(range(3, 256))
+        descriptors = range(3, 256)
+    for descriptor in descriptors:
+        try:
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as sock:
+                    name = sock.getsockname()
+                yield descriptor, name
+        except OSError:
+            continue
 
 
 # -- The client's side -----------------------------------------------------------------------------
