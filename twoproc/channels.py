@@ -173,6 +173,7 @@ class Text(NamedTuple):
 
 MAX_QUEUED_REQUESTS = 10_000    # beyond it shell is left unread, and ZeroMQ makes the sender wait
 RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn
+EXIT_FAULT = 70                 # the exit status after a fault of ours
 DRAIN_SECONDS = 0.02            # of sending before the sockets get their turn
 SETTLE_SECONDS = 0.25           # between two looks at a reader that was given up
 
@@ -264,7 +265,7 @@ class KernelChannels:
     # -- called by the main thread
     def start(self) -> None:
         self._heartbeat.start()
-        self._thread = own_thread("twoproc-io", self._run)
+        self._thread = own_thread("twoproc-io", self._run_or_die)
 
     def stop(self, seconds: float = 2.0) -> None:
         """Send what is queued, close everything, end both threads; takes at most about `seconds`."""
@@ -337,6 +338,14 @@ class KernelChannels:
             pass
 
     # -- run by twoproc-io only
+    def _run_or_die(self) -> None:
+        """A kernel whose sockets nobody serves looks alive and answers nothing: better that it is seen to die."""
+        try:
+            self._run()
+        except BaseException:
+            logger.critical("a fault of twoproc's own ended twoproc-io, and with it the kernel", exc_info=True)
+            os._exit(EXIT_FAULT)
+
     def _run(self) -> None:
         poller = self._poller = zmq.Poller()
         for sock in self._sockets.values():

@@ -782,6 +782,8 @@ def set_signals(kernel: Kernel) -> None:
     end.is_ours = True      # type: ignore[attr-defined]    # for in_child
     signal.signal(signal.SIGINT, drop_sigint)
     signal.signal(signal.SIGTERM, end)
+    if hasattr(signal, "pthread_sigmask"):      # and where whoever started us blocked them, from a thread perhaps
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, end)
     # In a child these wait until in_child has been there: Python forgets in a child what its handlers have noted.
