@@ -24,7 +24,10 @@ ROOMS = {
     "channels": ("session connection", "zmq"),
     # the kernel's process
     "streams": ("", ""),
-    "shell": ("session", "IPython traitlets comm"),
+    "shell": ("session history completion comms", "IPython traitlets comm"),
+    "history": ("", "IPython traitlets"),
+    "completion": ("", ""),
+    "comms": ("", ""),
     "kernel": ("session channels connection config shell streams launcher", ""),
     # whoever talks to it
     "client": ("session channels connection", ""),
@@ -37,7 +40,7 @@ ROOMS = {
                  "prompt_toolkit pygments ipython_pygments_lexers"),
     "frontend": ("client launcher connection config session cells screen painter start terminal", "IPython"),
 }
-KERNEL_SIDE = {"shell", "streams", "kernel"}
+KERNEL_SIDE = {"shell", "history", "completion", "comms", "streams", "kernel"}
 CLIENT_SIDE = {"client", "launcher", "start", "cells", "screen", "painter", "terminal", "frontend"}
 # `kernel --install-kernelspec` is a command that starts no kernel; a running one never loads the launcher.
 NEIGHBOURS = {("kernel", "launcher")}
@@ -111,8 +114,8 @@ class TheTableOfRooms(unittest.TestCase):
     def test_zmq_is_imported_in_one_file(self):
         self.assertEqual([room for room in rooms() if "zmq" in others(room)], ["channels"])
 
-    def test_on_the_kernels_side_ipython_is_imported_in_one_file(self):
-        self.assertEqual([room for room in sorted(KERNEL_SIDE) if "IPython" in others(room)], ["shell"])
+    def test_on_the_kernels_side_ipython_is_imported_in_two_files(self):
+        self.assertEqual([room for room in sorted(KERNEL_SIDE) if "IPython" in others(room)], ["history", "shell"])
 
     def test_a_process_starts_without_ipython_and_prompt_toolkit(self):
         for room in ("kernel", "client", "launcher", "frontend"):
@@ -172,7 +175,7 @@ class ImportingDoesNothing(unittest.TestCase):
             with self.subTest(room=room):
                 result = self.look(f"twoproc.{room}")
                 self.assertEqual(result["changed"], [])
-                if room not in ("shell", "terminal"):       # their libraries bring others along
+                if room not in ("shell", "history", "terminal"):       # their libraries bring others along
                     self.assertLessEqual(set(result["loaded"]), at_import(room))
 
     def test_every_public_name_is_there(self):

@@ -11,8 +11,7 @@ Reading order:
 2. ZMQInteractiveShell and what hangs on it: IPython with its output going to `publish`, its input coming
    from `ask`.  Libraries look for that class name and for "IPKernelApp" in its config.
 3. Awaiting: the one asyncio loop of the main thread, run only while a cell awaits or the kernel is idle.
-4. History, comms, completion, configuration: what IPython does in a way that a kernel cannot afford, or not
-   at all.
+4. Configuration, and IPython's own start.
 
 User code runs with as little of ours around it as we could manage: sys.displayhook, sys.excepthook,
 builtins.input and sys.breakpointhook are set once, before the first cell, so that a user's replacement stays.
@@ -25,20 +24,15 @@ import contextvars
 import getpass
 import io
 import json
-import keyword
 import logging
 import os
-import re
 import select
 import signal
 import sys
 import threading
-import time
 import token
 import traceback
-import uuid
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from IPython.core import page, release
@@ -49,7 +43,6 @@ from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.display_trap import DisplayTrap
 from IPython.core.error import StdinNotImplementedError, UsageError
-from IPython.core.history import HistoryManager
 from IPython.core.interactiveshell import InteractiveShell, InteractiveShellABC
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.shellapp import InteractiveShellApp
@@ -58,6 +51,9 @@ from IPython.paths import get_ipython_dir
 from traitlets import Any as AnyTrait, Instance, Type, default
 from traitlets.config.loader import Config, ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
 
+from .comms import Comm, CommManager
+from .completion import complete_live_object
+from .history import History
 from .session import Message
 
 __all__ = ["Interpreter", "StdinNotImplementedError", "ZMQInteractiveShell"]
@@ -66,9 +62,6 @@ log = logging.getLogger(__package__)
 
 # How long tasks that a cancelled cell left may take to end; then they are left alone.
 CANCEL_SECONDS = 1.0
-# How long another process may keep history.sqlite locked before we try again later; and, at exit, give up.
-LOCK_SECONDS, LAST_LOCK_SECONDS = 0.2, 2.0
-LOCKED_PAUSE_SECONDS = 10.0
 
 
 # -- 1. One method per request ---------------------------------------------------------------------
@@ -1032,396 +1025,6 @@ class KernelMagics(Magics):
         print("Attach another frontend, on this machine and as the same user, with one of\n"
               "    python -m %s.frontend --existing %s\n"
               "    jupyter console --existing %s" % (__package__, path, path))
-
-
-# -- history ---------------------------------------------------------------------------------------
-
-class History(HistoryManager):
-    """IPython's history.sqlite, opened when first needed and written when nobody waits for it.
-
-    IPython opens it at start, lets a thread commit after every cell (the next cell waits for that), and moves
-    a database aside that is only locked.  Here the inputs of cells collect in memory; writeout_cache, called
-    while the kernel is idle, and the history requests open the file.  A file that cannot be used is left as it
-    is: history then stays in memory and that is said once.
-    """
-
-    # Reading and writing may come from main and from a helper thread; never held while user code runs.
-    db_lock: threading.RLock
-    db: Any
-    db_input_cache: list
-    db_output_cache: list
-    _is_open = False
-    _last_line = 0                                  # of this session, in the file
-    _has_complained = False
-
-    def __init__(self, shell, parent=None, **traits):
-        self.db_lock = threading.RLock()
-        self._pid = os.getpid()
-        # ":memory:" keeps IPython from starting its thread and from renaming files; `path` is the real one.
-        super().__init__(shell=shell, parent=parent, hist_file=":memory:", **traits)
-        wanted = parent.config.HistoryManager.get("hist_file", None) if parent is not None else None
-        self.path = str(wanted or os.path.join(shell.profile_dir.location, "history.sqlite"))
-        self.db_cache_size = sys.maxsize            # nobody waits on the flag that IPython would set
-        self._locked_until = 0.0
-
-    @default("enabled")
-    def _is_sqlite_there(self) -> bool:
-        from importlib.util import find_spec         # without the import, 3 ms of every start
-        return find_spec("_sqlite3") is not None
-
-    def init_db(self) -> None:
-        pass                                        # called by IPython at start; `db` opens when first used
-
-    @default("db")
-    def _open(self):
-        import sqlite3
-        self._is_open = True
-        if self.enabled and self.path != ":memory:":
-            try:
-                return self._connect(sqlite3, self.path)
-            except (sqlite3.Error, OSError) as error:
-                self.complain(error)
-        return self._connect(sqlite3, ":memory:")
-
-    def _connect(self, sqlite3, path):
-        db = sqlite3.connect(path, timeout=LOCK_SECONDS, check_same_thread=False,
-                             detect_types=sqlite3.PARSE_DECLTYPES | sqlite3.PARSE_COLNAMES)
-        try:
-            with db:
-                # IPython's tables; its frontends read and write the same file.
-                db.execute("CREATE TABLE IF NOT EXISTS sessions (session integer primary key autoincrement, "
-                           "start timestamp, end timestamp, num_cmds integer, remark text)")
-                db.execute("CREATE TABLE IF NOT EXISTS history (session integer, line integer, source text, "
-                           "source_raw text, PRIMARY KEY (session, line))")
-                db.execute("CREATE TABLE IF NOT EXISTS output_history (session integer, line integer, output text, "
-                           "PRIMARY KEY (session, line))")
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def new_session(self, conn=None) -> None:
-        """Number this session: called by IPython at start and by %reset; the row is written with the first input."""
-        self.session_number = self._last_line = 0
-
-    def _start_session(self) -> None:
-        import datetime
-        if self.session_number == 0:
-            self.session_number = self.db.execute("INSERT INTO sessions VALUES (NULL, ?, NULL, NULL, '')", (
-                datetime.datetime.now().isoformat(" "),)).lastrowid
-
-    def has_unwritten(self) -> bool:
-        """Whether writeout_cache has something to do; False for a while after the file was found locked."""
-        return bool(self.db_input_cache or self.db_output_cache) and self.enabled \
-            and time.monotonic() > self._locked_until
-
-    def writeout_cache(self, conn=None) -> None:
-        """Write what has collected; what cannot be written now, because the file is locked, waits for the next time."""
-        if not self.enabled or os.getpid() != self._pid:      # a forked child leaves the file to its parent
-            return
-        if not self.db_input_cache and not self.db_output_cache:
-            return
-        with self.db_lock:
-            with self.db_input_cache_lock:
-                inputs, self.db_input_cache = self.db_input_cache, []
-            with self.db_output_cache_lock:
-                outputs, self.db_output_cache = self.db_output_cache, []
-            try:
-                self._write(inputs, outputs)
-            except Exception as error:
-                if is_locked(error):
-                    self._locked_until = time.monotonic() + LOCKED_PAUSE_SECONDS
-                    with self.db_input_cache_lock:
-                        self.db_input_cache = inputs + self.db_input_cache
-                    with self.db_output_cache_lock:
-                        self.db_output_cache = outputs + self.db_output_cache
-                else:
-                    self._leave_file(error, inputs, outputs)
-
-    def _write(self, inputs: list, outputs: list) -> None:
-        before = self.session_number, self._last_line
-        try:
-            with self.db:
-                for line in inputs:
-                    if line[0] <= self._last_line:
-                        self.session_number = 0      # somebody set the count back: a session of its own
-                    self._start_session()
-                    self.db.execute("INSERT INTO history VALUES (?, ?, ?, ?)", (self.session_number, *storable(line)))
-                    self._last_line = line[0]
-                self.db.executemany("INSERT OR REPLACE INTO output_history VALUES (?, ?, ?)",
-                                    [(self.session_number, *storable(line)) for line in outputs])
-        except BaseException:
-            self.session_number, self._last_line = before
-            raise
-
-    def _leave_file(self, error: Exception, inputs: list, outputs: list) -> None:
-        import sqlite3
-        self.complain(error)
-        with contextlib.suppress(Exception):
-            self.db.close()
-        self.path = ":memory:"
-        self.db = self._connect(sqlite3, ":memory:")
-        self.new_session()
-        with contextlib.suppress(Exception):        # what was wrong with these lines is wrong here as well
-            self._write(inputs, outputs)
-
-    def complain(self, error: Exception) -> None:
-        """Say once, where the user sees it, that history is not kept."""
-        if not self._has_complained:
-            self._has_complained = True
-            self.shell.publish("stream", {"name": "stderr", "text":
-                "history file %s: %s; the inputs of this session stay in memory only. Repair the file or move it "
-                "away.\n" % (self.path, error)})
-
-    def get_range(self, session=0, start=1, stop=None, raw=True, output=False):
-        if session < 0:                              # counted back from ours, which must have a number for that
-            with self.db_lock, contextlib.suppress(Exception), self.db:
-                self._start_session()
-        return super().get_range(session, start, stop, raw, output)
-
-    def get_session_info(self, session=0):
-        if session <= 0:
-            with self.db_lock, contextlib.suppress(Exception), self.db:
-                self._start_session()
-        return super().get_session_info(session)
-
-    def reset(self, new_session=True) -> None:
-        if new_session:
-            self.end_session()                       # while the numbers of its lines are still its own
-        super().reset(new_session)
-
-    def end_session(self) -> None:
-        """Write the rest and close the session's row; waits longer for a lock, this is the last time."""
-        import datetime
-        if os.getpid() != self._pid or not (self._is_open or self.db_input_cache):
-            return
-        try:
-            with self.db_lock:
-                self.db.execute("PRAGMA busy_timeout = %d" % (1000 * LAST_LOCK_SECONDS))
-                self.writeout_cache()
-                if self.session_number:
-                    with self.db:
-                        self.db.execute("UPDATE sessions SET end=?, num_cmds=? WHERE session==?", (
-                            datetime.datetime.now().isoformat(" "), len(self.input_hist_parsed) - 1,
-                            self.session_number))
-                if self.db_input_cache:
-                    raise TimeoutError("locked by another process for %d s" % LAST_LOCK_SECONDS)
-        except Exception as error:                   # the end of the kernel does not depend on it
-            self.complain(error)
-        self.new_session()
-
-
-def storable(line: tuple) -> tuple:
-    """A line of history as SQLite takes it: a lone surrogate, which UTF-8 has not, becomes its escape."""
-    return tuple(item.encode("utf-8", "backslashreplace").decode() if isinstance(item, str) else item for item in line)
-
-
-def is_locked(error: Exception) -> bool:
-    return type(error).__name__ == "OperationalError" and any(word in str(error) for word in ("locked", "busy"))
-
-
-# -- completion ------------------------------------------------------------------------------------
-
-# The line up to the cursor: dotted names and nothing that could give them another meaning.
-DOTTED_NAMES = re.compile(r"\s*(?:[A-Za-z_]\w*\s*=\s*)?((?:[A-Za-z_]\w*\.)+)((?:[A-Za-z_]\w*)?)", re.ASCII)
-# Lines before it in which a name could be bound anew without being written, or in which strings begin.
-NOT_PLAIN = re.compile(r"""['"#%!\\]|\bimport\b""")
-
-
-class LiveName:
-    """An attribute of an object that exists, with what IPython reads of a jedi completion."""
-
-    def __init__(self, owner: Any, name: str, typed: int):
-        self._owner, self.name = owner, name
-        self.name_with_symbols, self.complete = name, name[typed:]
-
-    def _value(self) -> Any:
-        # Not getattr: nobody's property is to run because of a Tab.
-        import inspect
-        return inspect.getattr_static(self._owner, self.name, None)
-
-    @property
-    def type(self) -> str:
-        import inspect
-        value = self._value()
-        return ("module" if inspect.ismodule(value) else "class" if inspect.isclass(value) else
-                "function" if inspect.isroutine(value) else "instance")
-
-    def get_signatures(self) -> list:
-        return [self]
-
-    def to_string(self) -> str:
-        import inspect
-        value = self._value()
-        bind = getattr(type(value), "__get__", None)
-        try:
-            # A method is shown without the self that the caller does not write.
-            if bind is not None and not inspect.ismodule(self._owner):
-                value = bind(value, self._owner, type(self._owner))
-            return self.name + str(inspect.signature(value))
-        except Exception:                              # C functions without one often begin their text with it
-            line = str(getattr(value, "__doc__", None) or "").partition("\n")[0]
-            return line if line.startswith(self.name + "(") else self.name + "(?)"
-
-
-def complete_live_object(completer: Any, text: str, cursor_line: int, cursor_column: int) -> list | None:
-    """The completions of `name.name.prefix` read from the object itself, or None to let jedi analyse the code.
-
-    For a module, or an instance of whatever class, jedi's answer is dir() of the object with the same order and
-    types (compared for 110 modules and objects); it takes 4 ms for os.pa against 0.1 ms, and 190 ms the first time.
-    None when that is not sure: classes (jedi adds those of the metaclass), a name that the cell itself may bind, a
-    way to the object that is not through modules.
-    """
-    lines = text.split("\n")
-    line = lines[cursor_line][:cursor_column]
-    match = DOTTED_NAMES.fullmatch(line)
-    if match is None:
-        return None
-    *path, _ = match[1].split(".")
-    before = "\n".join(lines[:cursor_line])
-    if before and (NOT_PLAIN.search(before) or re.search(r"\b%s\b" % path[0], before)) \
-            or line.count(path[0]) > 1 or keyword.iskeyword(path[0]):
-        return None
-    namespace = completer.namespace
-    for name in path:
-        if name not in namespace:
-            return None
-        owner = namespace[name]
-        namespace = vars(owner) if type(owner) is ModuleType else {}
-    prefix = match[2]
-    if isinstance(owner, type) or owner is ...:
-        return None
-    try:
-        names = [name for name in dir(owner) if isinstance(name, str) and name.startswith(prefix)]
-    except Exception:                                  # a __dir__ of the user's
-        return None
-    if not prefix and completer.omit__names:
-        hidden = "_" if completer.omit__names == 2 else "__"
-        names = [name for name in names if not (name.startswith(hidden) and (hidden == "_" or name.endswith("__")))]
-    names.sort(key=lambda name: (name.startswith("__"), name.startswith("_"), name.lower()))
-    return [LiveName(owner, name, len(prefix)) for name in names]
-
-
-# -- comms -----------------------------------------------------------------------------------------
-
-class Comm:
-    """One end of a comm, with the methods and arguments that the comm package gives its comms."""
-
-    def __init__(self, target_name="comm", data=None, metadata=None, buffers=None, comm_id=None, primary=True,
-                 target_module=None, topic=None, *, manager=None, _open_data=None, _close_data=None, **others):
-        self.target_name, self.target_module, self.topic = target_name, target_module, topic
-        self.comm_id = comm_id or uuid.uuid4().hex
-        self.primary = primary
-        self._manager = manager or ZMQInteractiveShell.instance().interpreter.comm_manager
-        self._open_data, self._close_data = _open_data or {}, _close_data or {}
-        self._msg_callback: Callable | None = None
-        self._close_callback: Callable | None = None
-        self._closed = primary
-        if primary:
-            self.open(data, metadata, buffers)
-
-    def publish_msg(self, msg_type, data=None, metadata=None, buffers=None, **fields) -> None:
-        content = {"data": {} if data is None else data, "comm_id": self.comm_id, **fields}
-        self._manager.interpreter.publish(msg_type, content, metadata=metadata or {}, buffers=list(buffers or ()))
-
-    def open(self, data=None, metadata=None, buffers=None) -> None:
-        self._manager.register_comm(self)
-        try:
-            self.publish_msg("comm_open", self._open_data if data is None else data, metadata, buffers,
-                             target_name=self.target_name, target_module=self.target_module)
-        except BaseException:
-            self._manager.unregister_comm(self)
-            raise
-        self._closed = False
-
-    def send(self, data=None, metadata=None, buffers=None) -> None:
-        self.publish_msg("comm_msg", data, metadata, buffers)
-
-    def close(self, data=None, metadata=None, buffers=None, deleting=False) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self.publish_msg("comm_close", self._close_data if data is None else data, metadata, buffers)
-        self._manager.comms.pop(self.comm_id, None)
-
-    def __del__(self):
-        with contextlib.suppress(Exception):        # at the end of the interpreter anything may be gone
-            self.close(deleting=True)
-
-    def on_msg(self, callback) -> None:
-        self._msg_callback = callback
-
-    def on_close(self, callback) -> None:
-        self._close_callback = callback
-
-    def handle_msg(self, msg) -> None:
-        if self._msg_callback is not None:
-            # A callback is a small cell: figures it drew are shown by who listens to these events.
-            events = self._manager.interpreter.shell.events
-            events.trigger("pre_execute")
-            self._msg_callback(msg)
-            events.trigger("post_execute")
-
-    def handle_close(self, msg) -> None:
-        if self._close_callback is not None:
-            self._close_callback(msg)
-
-
-class CommManager:
-    """All open comms, and the targets that a frontend may open one to."""
-
-    def __init__(self, interpreter: Interpreter):
-        self.interpreter = interpreter
-        self.comms: dict[str, Comm] = {}
-        self.targets: dict[str, Callable] = {}
-
-    def register_target(self, target_name, f) -> None:
-        """f(comm, msg) is called when a frontend opens a comm to this target; or the dotted name of such a function."""
-        if isinstance(f, str):
-            from importlib import import_module
-            module, _, name = f.rpartition(".")
-            f = getattr(import_module(module), name) if module else import_module(name)
-        self.targets[target_name] = f
-
-    def unregister_target(self, target_name, f=None) -> Callable:
-        return self.targets.pop(target_name)
-
-    def register_comm(self, comm) -> str:
-        self.comms[comm.comm_id] = comm
-        return comm.comm_id
-
-    def unregister_comm(self, comm) -> None:
-        self.comms.pop(comm.comm_id)
-
-    def get_comm(self, comm_id):
-        return self.comms.get(comm_id)
-
-    # -- messages from a frontend; errors of callbacks go to the caller
-
-    def comm_open(self, stream, ident, msg) -> None:
-        content = msg["content"]
-        target = self.targets.get(content["target_name"])
-        comm = Comm(content["target_name"], comm_id=content["comm_id"], primary=False, manager=self)
-        self.register_comm(comm)
-        try:
-            if target is not None:
-                target(comm, msg)
-        except BaseException:
-            comm.close()
-            raise
-        if target is None:
-            comm.close()                            # tells the other side that nobody is here
-
-    def comm_msg(self, stream, ident, msg) -> None:
-        comm = self.comms.get(msg["content"]["comm_id"])
-        if comm is not None:
-            comm.handle_msg(msg)
-
-    def comm_close(self, stream, ident, msg) -> None:
-        comm = self.comms.pop(msg["content"]["comm_id"], None)
-        if comm is not None:
-            comm._closed = True
-            comm.handle_close(msg)
 
 
 # -- configuration ---------------------------------------------------------------------------------
