@@ -36,7 +36,7 @@ ROOMS = {
     "cells": ("", ""),
     "screen": ("", ""),
     "painter": ("session screen", ""),
-    "terminal": ("client connection session cells screen painter start",
+    "terminal": ("client launcher connection session cells screen painter start",
                  "prompt_toolkit pygments ipython_pygments_lexers"),
     "frontend": ("client launcher connection config session cells screen painter start terminal", "IPython"),
 }
