@@ -639,6 +639,10 @@ class CellCompiler(CachingCompiler):
     def get_code_name(self, raw_code, transformed_code, number):
         return os.environ.get("IPYKERNEL_CELL_NAME") or super().get_code_name(raw_code, transformed_code, number)
 
+    def format_code_name(self, name):
+        # None: shown as a file, which it is, and not as In[n].
+        return None if name == os.environ.get("IPYKERNEL_CELL_NAME") else super().format_code_name(name)
+
 
 class MainLoopRunner:
     """What %autoawait calls "asyncio": cells that await run on the main thread's loop."""
