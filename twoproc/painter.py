@@ -177,11 +177,11 @@ class Painter:
         begin = None if self._block is None else len(self._block)
         if text:
             self._add(text.rstrip("\n") + "\n")
-        display_id = (message.content.get("transient") or {}).get("display_id")
+        display_id = _display_id(message)
         self._display = (display_id, begin) if display_id and begin is not None else None
 
     def handle_update_display_data(self, message: Message, who: str | None) -> None:
-        display_id = (message.content.get("transient") or {}).get("display_id")
+        display_id = _display_id(message)
         text = self._shown(message).rstrip("\n")
         if who is None and not self.is_prompt_up and self._display and self._display[0] == display_id:
             begin = self._display[1]
@@ -352,6 +352,11 @@ class Painter:
 
     def _note(self, text: str) -> None:
         self._add(self.dim(text) + "\n")
+
+
+def _display_id(message: Message) -> str | None:
+    transient = message.content.get("transient")
+    return transient.get("display_id") if isinstance(transient, dict) else None
 
 
 def _one_line(name: str) -> str:

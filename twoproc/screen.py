@@ -240,7 +240,8 @@ class _Stripper(HTMLParser):
 
     def handle_data(self, data):
         if not self._silent:
-            self.parts.append(data if self._pre else re.sub(r"\s+", " ", data))
+            # In <pre> blanks count: they are held as no-break spaces until the others are gone.
+            self.parts.append(data.replace(" ", "\xa0") if self._pre else re.sub(r"[ \t\r\n]+", " ", data))
 
 
 def text_of_html(html: str) -> str:
@@ -249,7 +250,7 @@ def text_of_html(html: str) -> str:
     stripper.feed(html)
     stripper.close()
     lines = [line.strip(" ").lstrip("\t") for line in "".join(stripper.parts).split("\n")]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines if line.strip())).expandtabs()
+    return "\n".join(line.rstrip() for line in lines if line.strip()).replace("\xa0", " ").expandtabs()
 
 
 def traceback_of(content: dict) -> str:
