@@ -410,7 +410,8 @@ class Client:
             seen = len(inbox)
             left = end - time.monotonic()
             if left <= 0:
-                raise DeadlineError(f"nothing on {channel} within {deadline} s: {what or 'a message'}")
+                raise DeadlineError(f"nothing on {channel} within {deadline} s: "
+                                    f"{what() if callable(what) else what or 'a message'}")
             is_alive = self.kernel is None or self.kernel.is_alive
             self.collect(min(left, 0.5))
             if not is_alive and len(inbox) == seen:
@@ -430,7 +431,7 @@ class Client:
         end = time.monotonic() + deadline
         while not (messages and messages[-1].content.get("execution_state") == "idle"):
             messages.append(self.take("iopub", lambda message: message.parent_id == msg_id,
-                                      max(0, end - time.monotonic()), f"idle of {msg_id} after {messages}"))
+                                      max(0, end - time.monotonic()), lambda: f"idle of {msg_id} after {messages}"))
         return messages
 
     def result(self, msg_id, channel="shell", deadline=DEADLINE):
@@ -470,17 +471,19 @@ class Client:
         """Until the kernel answers and its iopub reaches us. A subscription takes its time, and what is
         published before it is not seen: ask until an answer's idle is."""
         end = time.monotonic() + deadline
+        patience = 0.01
         while True:
             msg_id = self.send("shell", "kernel_info_request")
             self.reply(msg_id, deadline=max(0, end - time.monotonic()))
             if "iopub" not in self.sockets:
                 return
             try:
-                self.output(msg_id, deadline=0.3)
+                self.output(msg_id, deadline=patience)
                 return
             except DeadlineError:
                 if time.monotonic() > end:
                     raise
+                patience *= 2
             finally:
                 self.inbox["iopub"].clear()
 

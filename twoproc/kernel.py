@@ -75,6 +75,7 @@ class Kernel:
         self._input_replies: SimpleQueue[str] = SimpleQueue()
         # The question that an input_reply may answer: whom it was sent to, and its msg_id.
         self._asking: tuple[list[bytes], str] | None = None
+        self._cells = 0
         self._runs_user_code = False
         self._cell_sigint: Any = signal.default_int_handler
         self.process = os.getpid()
@@ -200,8 +201,8 @@ class Kernel:
         if self.capture.has_grown():
             if not self._is_reading_asked:      # else a slow reader of iopub would have us ask without end
                 self._is_reading_asked = True
-                self.channels.call(functools.partial(self._read_capture, None))
-        elif self.running is None and self.capture.has_writers():
+                self.call_to_read_capture(None)
+        elif self.running is None and self.capture.has_writers(self._cells):
             waits.append(0.1)       # a background process that may write something
         elif self.running is None:
             self.capture.shrink()
@@ -244,13 +245,13 @@ class Kernel:
             self.tidy()
         os._exit(self.exit_status)      # an exit function hangs, too
 
-    def _read_capture(self, parent: bytes | None) -> list:
-        """Entries for the front of the outbox: what was written to the descriptors until now."""
+    def _read_capture(self, parent: bytes | None, mark: dict[str, int]) -> list:
+        """Entries for the front of the outbox: what was written to the descriptors before `mark` was taken."""
         self._is_reading_asked = False
         header = self.parent_bytes() if parent is None else parent
-        entries: list = [Text(name, text, header) for name, text in self.capture.read()]
-        if entries and self.capture.has_grown():
-            entries.append(functools.partial(self._read_capture, header))
+        entries: list = [Text(name, text, header) for name, text in self.capture.read(mark)]
+        if entries:
+            entries.append(functools.partial(self._read_capture, header, mark))
         return entries
 
     # -- run by any thread
@@ -299,7 +300,11 @@ class Kernel:
     def before_write(self) -> None:
         """Python is about to write: what a child wrote before belongs in front of it."""
         if self.capture.has_grown():
-            self.channels.call(functools.partial(self._read_capture, self.parent_bytes()))
+            self.call_to_read_capture(self.parent_bytes())
+
+    def call_to_read_capture(self, parent: bytes | None) -> None:
+        """Have twoproc-io publish, behind all that is queued, what was written to the descriptors until now."""
+        self.channels.call(functools.partial(self._read_capture, parent, self.capture.mark()))
 
     @property
     def execution_count(self) -> int:
@@ -358,6 +363,7 @@ class Kernel:
         assert self.interpreter is not None
         content = message.content
         self.running = message
+        self._cells += 1
         self.channels.busy_parent = message.header_bytes
         self.interpreter.set_parent(message)
         self.status("busy", message)
@@ -371,7 +377,7 @@ class Kernel:
         if os.getpid() != self.process:
             self.exit_status = int(reply["status"] == "error")
             return
-        self.channels.call(functools.partial(self._read_capture, message.header_bytes))
+        self.call_to_read_capture(message.header_bytes)
         self.running = None
         self.channels.busy_parent = None
         if reply["status"] == "error" and content["stop_on_error"] and not content["silent"]:
@@ -482,7 +488,7 @@ class Kernel:
         with self.answering(message):
             handle = getattr(self.interpreter, message.msg_type)
             self._run_alone(lambda: handle(message))
-            self.channels.call(functools.partial(self._read_capture, message.header_bytes))
+            self.call_to_read_capture(message.header_bytes)
 
     def _end_if_alone(self) -> None:
         """`exit` in a cell ends the kernel unless somebody else watches it too."""
@@ -519,7 +525,7 @@ class Kernel:
                 self.interpreter.close()
             atexit._run_exitfuncs()
             sys.stdout.flush()
-        self.channels.call(functools.partial(self._read_capture, None))
+        self.call_to_read_capture(None)
         if self.running is not None:
             self.status("idle", self.running)
         self.channels.stop()

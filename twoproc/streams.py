@@ -192,7 +192,7 @@ class DescriptorCapture:
         self._offsets = {"stdout": 0, "stderr": 0}
         self._decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in self._offsets}
         self._saved: dict[int, int] = {}
-        self._waited = 0            # of children waited for: the number seen when we last looked for orphans
+        self._children = 0, 0, 0    # as last seen by has_writers
         self._has_orphans = False
         self._look_again_at = 0.0
 
@@ -226,8 +226,15 @@ class DescriptorCapture:
     def has_grown(self) -> bool:
         return any(os.fstat(file).st_size != self._offsets[name] for name, file in self._files.items())
 
-    def read(self) -> Iterator[tuple[str, str]]:
-        """(stream name, text) of what is new, at most CHUNK bytes a stream; read again while has_grown()."""
+    def mark(self) -> dict[str, int]:
+        """Where the files end now; for `read`."""
+        return {name: os.fstat(file).st_size for name, file in self._files.items()}
+
+    def read(self, mark: dict[str, int]) -> Iterator[tuple[str, str]]:
+        """(stream name, text) of what was written before `mark`, at most CHUNK bytes a stream; then again.
+
+        No further: whatever was written since may belong behind something that Python has said since.
+        """
         for name, file in self._files.items():
             size = os.fstat(file).st_size
             if size < self._offsets[name]:
@@ -237,24 +244,33 @@ class DescriptorCapture:
                 yield name, "\n[%d bytes left out: written faster than they could be sent]\n" % (
                     size - self._offsets[name])
                 self._offsets[name] = 0
-            data = os.pread(file, self.CHUNK, self._offsets[name])
+            data = os.pread(file, max(0, min(self.CHUNK, mark[name] - self._offsets[name])), self._offsets[name])
             if data:
                 self._offsets[name] += len(data)
                 text = self._decoders[name].decode(data)
                 if text:
                     yield name, text
 
-    def has_writers(self) -> bool:
+    def has_writers(self, cells: int) -> bool:
         """May another process still write: a child, or one that a child left behind (`!program &`)?
 
-        The second is looked for among all processes, 5 us each: only after children have been waited for,
+        cells: a count of the cells that have run, each of which may have started one.
+        The second is looked for among all processes, 5 us each: when children came or went since the last time,
         and as long as there was one, once a second.
         """
-        if _has_children():
-            return True
-        waited, now = _waited_children(), time.monotonic()
-        if waited != self._waited or self._has_orphans and now > self._look_again_at:
-            self._waited, self._look_again_at = waited, now + 1.0
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            children = 0, 0, _waited_children()
+        except (AttributeError, OSError):
+            return True         # a system that cannot tell: then look for output from time to time
+        else:
+            if ended is None:
+                return True     # there are children, and all are alive
+            children = ended.si_pid, cells, _waited_children()      # one was not waited for; are there others?
+        now = time.monotonic()
+        if children != self._children or self._has_orphans and now > self._look_again_at:
+            self._children, self._look_again_at = children, now + 1.0
             self._has_orphans = any(map(self._is_held_by, _other_processes()))
         return self._has_orphans
 
@@ -274,17 +290,6 @@ class DescriptorCapture:
                 self._offsets[name] = 0
 
 
-def _has_children() -> bool:
-    """Is there a child process, running or not yet waited for?"""
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    except (AttributeError, OSError):
-        return True         # a system that cannot tell: then look for output from time to time
-    return True
-
-
 def _waited_children() -> int:
     """A number that grows with each child process that was waited for."""
     try:
@@ -298,7 +303,7 @@ def _other_processes() -> list[str]:
     try:
         return [name for name in os.listdir("/proc") if name.isdigit() and name != str(os.getpid())]
     except OSError:
-        return []               # macOS: what an orphan writes is seen with the next request
+        return []               # macOS: what such a process writes is seen with the next request
 
 
 def set_forked() -> None:
