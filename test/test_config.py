@@ -181,8 +181,8 @@ class MistakesAreRefused(Case):
 
     def test_a_file_that_is_no_configuration_is_refused_with_its_line(self):
         for text, says in (("transport = tcp", "line 1"), ("[kernel]\ntransport", "line 2"), ("[kernel\n", "line 1"),
-                           ("[kernel]\ntransport = ipc\n[limits]\n[kernel]\ntransport = tcp", "line 5"),
-                           ("[kernel]\ntransport = ipc\n  x = y", "line 3"),
+                           ("[kernel]\ntransport = ipc\n[limits]\n[kernel]\ntransport = tcp", "line 4"),
+                           ("[kernel]\ntransport = ipc\n  x = y", "line 2"),
                            (b"[kernel]\n\xff", "not UTF-8"), (b"\0", "line 1")):
             with self.subTest(text=text):
                 self.put(self.user, text)
