@@ -38,6 +38,8 @@ class Start:
         if arguments.kernel is None:
             options["transport"] = settings["kernel.transport"]
             words = [word for item in arguments.set for word in ("--set", item)]
+            if keep:        # it outlives a terminal that is closed or cut off, but not for ever
+                words += ["--orphan-timeout", str(settings["kernel.orphan_timeout"])]
             options["arguments"] = (["--config", arguments.config] if arguments.config else []) + words
         self.process = launcher.KernelProcess(arguments.kernel, **options)
         self.connection_file = self.process.connection_file
