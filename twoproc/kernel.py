@@ -64,6 +64,8 @@ class Kernel:
         self.is_restart = False
         self._finishing = threading.Lock()      # taken by the thread that runs `finish`
         self.tidy: Callable[[], None] = lambda: None    # what is left to do when the sockets are closed
+        self.claim: connection.Claim | None = None
+        self._is_child = False
         self.capture = DescriptorCapture()
         self._is_reading_asked = False          # twoproc-io's: a reading of the capture is in the outbox
         self.interpreter: Interpreter | None = None
@@ -497,6 +499,11 @@ class Kernel:
 
     def in_child(self) -> None:
         """In a child of fork: keep nothing that is the kernel's, and be ended by a signal as any child is."""
+        if self._is_child:          # a child of that child: nothing of ours is left
+            return
+        self._is_child = True
+        if self.claim is not None:
+            self.claim.close()
         set_forked()
         for number in (signal.SIGTERM, signal.SIGHUP):
             if getattr(signal.getsignal(number), "is_ours", False):
@@ -713,14 +720,14 @@ def parser() -> argparse.ArgumentParser:
 
 def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
     """Bind, announce, run, tidy up.  The connection file is written when everything listens, never before."""
-    path, info, is_managed = choose_connection(arguments, settings)
+    path, info = choose_connection(arguments, settings)
     megabyte = 1 << 20
     limits = Limits(
         settings["limits.max_frame_mb"] * megabyte, settings["limits.max_frames"],
         settings["limits.max_message_mb"] * megabyte, settings["limits.stream_chunk_kb"] << 10,
         settings["limits.iopub_queue"], settings["limits.slow_reader_seconds"], settings["limits.replay_memory"],
         settings["limits.outbox_mb"] * megabyte)
-    warnings = connection.check_listening(info, is_managed=is_managed)
+    warnings = connection.check_listening(info)
     claim = connection.Claim(path)
     try:
         channels = KernelChannels(info, limits)
@@ -735,7 +742,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
             if not kernel.is_restart:
                 connection.remove_files(path, info)
             claim.release()
-        kernel.tidy = tidy
+        kernel.tidy, kernel.claim = tidy, claim
         parent = os.environ.get("JPY_PARENT_PID", "")
         if parent.isdigit() and int(parent) > 0:
             kernel.watch_parent(int(parent))
@@ -752,7 +759,6 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         for warning in [claim.note, *warnings]:
             if warning:
                 logger.warning(warning)
-        connection.in_forked_child(kernel.in_child)
         kernel.run(lambda kernel: make_interpreter(kernel, arguments, path))
     except BaseException:
         connection.remove_files(path, info)
@@ -763,15 +769,14 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
 
 
 def choose_connection(arguments: argparse.Namespace,
-                      settings: config.Settings) -> tuple[str, connection.ConnectionInfo, bool]:
-    """(path, info, whether somebody else wrote the file)."""
+                      settings: config.Settings) -> tuple[str, connection.ConnectionInfo]:
+    """What is in the file that we were given, else something new."""
     path = arguments.connection_file
     if path and os.path.lexists(path):
-        return os.path.abspath(path), connection.read_connection_file(path, as_kernel=True), True
+        return os.path.abspath(path), connection.read_connection_file(path, as_kernel=True)
     if path and not os.path.dirname(path):
         path = os.path.join(connection.jupyter_runtime_folder(), path)
-    path, info = connection.new_connection(settings["kernel.transport"], arguments.name, path)
-    return path, info, False
+    return connection.new_connection(settings["kernel.transport"], arguments.name, path)
 
 
 def set_signals(kernel: Kernel) -> None:
@@ -800,8 +805,12 @@ def set_signals(kernel: Kernel) -> None:
 
     def after_fork() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def after_in_child() -> None:
+        kernel.in_child()
+        after_fork()
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_fork)
+        os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_child=after_in_child)
     sys.setswitchinterval(0.0005)       # a request during a busy loop is answered in 1.6 instead of 13 ms
 
 
