@@ -24,10 +24,10 @@ ROOMS = {
     "channels": ("session connection", "zmq"),
     # the kernel's process
     "streams": ("", ""),
-    "shell": ("session history completion comms", "IPython traitlets comm"),
+    "shell": ("session history completion comms", "IPython traitlets"),
     "history": ("", "IPython traitlets"),
     "completion": ("", ""),
-    "comms": ("", ""),
+    "comms": ("", "comm"),
     "kernel": ("session channels connection config shell streams launcher", ""),
     # whoever talks to it
     "client": ("session channels connection", ""),

@@ -1,128 +1,70 @@
 # Distributed under the terms of the BSD 3-Clause License.
-"""Comms: what widgets talk through."""
+"""Comms: what widgets talk through.
+
+Libraries reach them by the small `comm` package.  It says what a comm is and leaves open where its messages go:
+here, to `publish`.  Errors of callbacks, which the package logs, go to the caller here, who shows them to the user.
+Where the package is not installed no library opens comms, and a frontend that opens one is told that nobody is here.
+
+Called by shell.py in the main thread; any thread may send.
+"""
 from __future__ import annotations
 
-import contextlib
-import uuid
 from collections.abc import Callable
-from typing import Any
+
+try:
+    import comm
+    from comm.base_comm import BaseComm, CommManager as BaseManager
+except ImportError:
+    comm, BaseComm, BaseManager = None, object, object
 
 
-class Comm:
-    """One end of a comm, with the methods and arguments that the comm package gives its comms."""
+class Comm(BaseComm):
+    """One end of a comm; comm.create_comm makes these."""
 
-    def __init__(self, target_name="comm", data=None, metadata=None, buffers=None, comm_id=None, primary=True,
-                 target_module=None, topic=None, *, manager, _open_data=None, _close_data=None, **others):
-        self.target_name, self.target_module, self.topic = target_name, target_module, topic
-        self.comm_id = comm_id or uuid.uuid4().hex
-        self.primary = primary
+    def __init__(self, *args, manager: CommManager, **keys):
         self._manager = manager
-        self._open_data, self._close_data = _open_data or {}, _close_data or {}
-        self._msg_callback: Callable | None = None
-        self._close_callback: Callable | None = None
-        self._closed = primary
-        if primary:
-            self.open(data, metadata, buffers)
+        super().__init__(*args, **keys)
 
     def publish_msg(self, msg_type, data=None, metadata=None, buffers=None, **fields) -> None:
         content = {"data": {} if data is None else data, "comm_id": self.comm_id, **fields}
-        self._manager.interpreter.publish(msg_type, content, metadata=metadata or {}, buffers=list(buffers or ()))
-
-    def open(self, data=None, metadata=None, buffers=None) -> None:
-        self._manager.register_comm(self)
-        try:
-            self.publish_msg("comm_open", self._open_data if data is None else data, metadata, buffers,
-                             target_name=self.target_name, target_module=self.target_module)
-        except BaseException:
-            self._manager.unregister_comm(self)
-            raise
-        self._closed = False
-
-    def send(self, data=None, metadata=None, buffers=None) -> None:
-        self.publish_msg("comm_msg", data, metadata, buffers)
-
-    def close(self, data=None, metadata=None, buffers=None, deleting=False) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self.publish_msg("comm_close", self._close_data if data is None else data, metadata, buffers)
-        self._manager.comms.pop(self.comm_id, None)
-
-    def __del__(self):
-        with contextlib.suppress(Exception):        # at the end of the interpreter anything may be gone
-            self.close(deleting=True)
-
-    def on_msg(self, callback) -> None:
-        self._msg_callback = callback
-
-    def on_close(self, callback) -> None:
-        self._close_callback = callback
-
-    def handle_msg(self, msg) -> None:
-        if self._msg_callback is not None:
-            # A callback is a small cell: figures it drew are shown by who listens to these events.
-            events = self._manager.interpreter.shell.events
-            events.trigger("pre_execute")
-            self._msg_callback(msg)
-            events.trigger("post_execute")
-
-    def handle_close(self, msg) -> None:
-        if self._close_callback is not None:
-            self._close_callback(msg)
+        self._manager.publish(msg_type, content, metadata=metadata or {}, buffers=list(buffers or ()))
 
 
-class CommManager:
-    """All open comms, and the targets that a frontend may open one to."""
+class CommManager(BaseManager):
+    """All open comms, and the targets that a frontend may open one to; comm.get_comm_manager gives it."""
 
-    def __init__(self, interpreter: Any):
-        self.interpreter = interpreter
+    def __init__(self, publish: Callable):
+        super().__init__()
+        self.publish = publish
         self.comms: dict[str, Comm] = {}
         self.targets: dict[str, Callable] = {}
+        if comm is not None:
+            comm.create_comm = lambda *args, **keys: Comm(*args, manager=self, **keys)
+            comm.get_comm_manager = lambda: self
 
-    def register_target(self, target_name, f) -> None:
-        """f(comm, msg) is called when a frontend opens a comm to this target; or the dotted name of such a function."""
-        if isinstance(f, str):
-            from importlib import import_module
-            module, _, name = f.rpartition(".")
-            f = getattr(import_module(module), name) if module else import_module(name)
-        self.targets[target_name] = f
-
-    def unregister_target(self, target_name, f=None) -> Callable:
-        return self.targets.pop(target_name)
-
-    def register_comm(self, comm) -> str:
-        self.comms[comm.comm_id] = comm
-        return comm.comm_id
-
-    def unregister_comm(self, comm) -> None:
-        self.comms.pop(comm.comm_id)
-
-    def get_comm(self, comm_id):
-        return self.comms.get(comm_id)
-
-    # -- messages from a frontend; errors of callbacks go to the caller
+    # -- messages from a frontend; stream and ident are part of the package's interface, and unused
 
     def comm_open(self, stream, ident, msg) -> None:
         content = msg["content"]
         target = self.targets.get(content["target_name"])
-        comm = Comm(content["target_name"], comm_id=content["comm_id"], primary=False, manager=self)
-        self.register_comm(comm)
-        try:
-            if target is not None:
-                target(comm, msg)
-        except BaseException:
-            comm.close()
-            raise
         if target is None:
-            comm.close()                            # tells the other side that nobody is here
+            self.publish("comm_close", {"comm_id": content["comm_id"], "data": {}})
+            return
+        opened = comm.create_comm(target_name=content["target_name"], comm_id=content["comm_id"], primary=False)
+        self.register_comm(opened)
+        try:
+            target(opened, msg)
+        except BaseException:
+            opened.close()
+            raise
 
     def comm_msg(self, stream, ident, msg) -> None:
-        comm = self.comms.get(msg["content"]["comm_id"])
-        if comm is not None:
-            comm.handle_msg(msg)
+        found = self.comms.get(msg["content"]["comm_id"])
+        if found is not None:
+            found.handle_msg(msg)
 
     def comm_close(self, stream, ident, msg) -> None:
-        comm = self.comms.pop(msg["content"]["comm_id"], None)
-        if comm is not None:
-            comm._closed = True
-            comm.handle_close(msg)
+        found = self.comms.pop(msg["content"]["comm_id"], None)
+        if found is not None:
+            found._closed = True
+            found.handle_close(msg)

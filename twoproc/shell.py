@@ -1,5 +1,5 @@
 # Distributed under the terms of the BSD 3-Clause License.
-"""Every IPython call of the kernel: one Interpreter around one InteractiveShell.
+"""IPython around a cell: one Interpreter around one InteractiveShell.
 
 kernel.py makes an Interpreter in the main thread, hands it two functions, `publish` (any thread) and `ask`
 (main thread), and calls one method per request; it gets reply contents back.  No socket is known here, so
@@ -7,10 +7,11 @@ the tests hand in functions that append to a list.
 
 Reading order:
 1. Interpreter: one method per request.  execute and the comm handlers belong to the main thread; complete,
-   inspect, history and is_complete may be called by a helper thread while a cell runs.
-2. ZMQInteractiveShell and what hangs on it: IPython with its output going to `publish`, its input coming
+   inspect, history and is_complete may be called by a helper thread while a cell runs.  Its second half is
+   about awaiting: the one asyncio loop of the main thread, run only while a cell awaits or the kernel is idle.
+2. Parents, as libraries know them.
+3. ZMQInteractiveShell and what hangs on it: IPython with its output going to `publish`, its input coming
    from `ask`.  Libraries look for that class name and for "IPKernelApp" in its config.
-3. Awaiting: the one asyncio loop of the main thread, run only while a cell awaits or the kernel is idle.
 4. Configuration, and IPython's own start.
 
 User code runs with as little of ours around it as we could manage: sys.displayhook, sys.excepthook,
@@ -24,41 +25,34 @@ import contextvars
 import getpass
 import io
 import json
-import logging
 import os
-import select
 import signal
 import sys
 import threading
-import token
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from IPython.core import page, release
+from IPython.core import page
 from IPython.core.application import ENV_CONFIG_DIRS, SYSTEM_CONFIG_DIRS, ProfileDir
 from IPython.core.autocall import ZMQExitAutocall
 from IPython.core.compilerop import CachingCompiler
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
-from IPython.core.display_trap import DisplayTrap
 from IPython.core.error import StdinNotImplementedError, UsageError
 from IPython.core.interactiveshell import InteractiveShell, InteractiveShellABC
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.shellapp import InteractiveShellApp
-from IPython.core.usage import default_banner
 from IPython.paths import get_ipython_dir
-from traitlets import Any as AnyTrait, Instance, Type, default
-from traitlets.config.loader import Config, ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
+from traitlets import Any as AnyTrait, Instance, Type, Unicode, default
+from traitlets.config import Application, Config
 
-from .comms import Comm, CommManager
+from .comms import CommManager
 from .completion import complete_live_object
 from .history import History
 from .session import Message
 
 __all__ = ["Interpreter", "StdinNotImplementedError", "ZMQInteractiveShell"]
-
-log = logging.getLogger(__package__)
 
 # How long tasks that a cancelled cell left may take to end; then they are left alone.
 CANCEL_SECONDS = 1.0
@@ -73,65 +67,32 @@ class Interpreter:
     ask(prompt, password) -> str: called by input() and getpass() in the main thread; raises EOFError,
     KeyboardInterrupt, or StdinNotImplementedError when the client allowed no input.
     profile_dir: a folder as given to --profile-dir, made if missing; None: IPython's default profile.
-    config: a dict of traitlets sections that win over the user's files.
 
     sys.stdout, sys.stderr and sys.stdin must be the kernel's own before: input() asks the frontend only as
     long as sys.stdin is the object found here.
     """
 
-    implementation = "ipython"
-    implementation_version = release.version
-    language_info = {
-        "name": "python", "version": sys.version.split()[0], "mimetype": "text/x-python", "file_extension": ".py",
-        "codemirror_mode": {"name": "ipython", "version": sys.version_info[0]},
-        "pygments_lexer": "ipython3", "nbconvert_exporter": "python"}
-
-    def __init__(self, publish: Callable, ask: Callable[[str, bool], str], profile_dir: str | None = None,
-                 config: dict | None = None):
+    def __init__(self, publish: Callable, ask: Callable[[str, bool], str], profile_dir: str | None = None):
         self.publish, self.ask = publish, ask
         self.stdin = sys.stdin
-        self.connection_file: str | None = None       # kernel.py sets it, %connect_info shows it
-        self._parent: contextvars.ContextVar = contextvars.ContextVar("twoproc parent")
+        self.connection_file = ""                     # kernel.py sets it, %connect_info shows it
+        self.inputhook: Callable | None = None        # %gui sets it: runs a toolkit's event loop until input is ready
+        self.parent: contextvars.ContextVar = contextvars.ContextVar("twoproc parent")
         self._latest_parent: Message | None = None    # written by main only; threads without one of their own read it
         self._loop: Any = None
         self._awaiting: Any = None                    # the loop while a cell awaits on it; written by main only
-        self._interruption: BaseException | None = None
-        self._completing = threading.local()          # .now: IPython gives what fails there to sys.excepthook
-        self._is_starting = True
-        self._startup_report = ""
-        self.comm_manager = CommManager(self)
-        self.kernel = Kernel(self)
-        self._start(profile_dir, Config(config or {}))
-        self._is_starting = False
-
-    def _start(self, profile_dir: str | None, config: Config) -> None:
-        """Make the shell and run the user's configuration, extensions and startup files.
-
-        Whatever goes wrong in them is told with the first cell: before it no frontend may be listening.
-        """
-        complaints = io.StringIO()
+        self.interruption: BaseException | None = None          # what a cell that awaits is being cancelled for
+        self.completing = threading.local()           # .now: IPython gives what fails there to sys.excepthook
+        self.comm_manager = CommManager(publish)
+        os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        # Whatever goes wrong until the first cell is told with it: before no frontend may be listening.
+        self.is_starting, complaints = True, io.StringIO()
         with contextlib.redirect_stderr(complaints):
-            profile = find_profile(profile_dir)
-            loaded = load_config_files(profile)
-            loaded.merge(config)
-            # tqdm and others take us for a notebook only if this section exists.
-            loaded.IPKernelApp.name = "twoproc"
-            os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-            try:
-                self.shell = self._make_shell(profile, loaded)
-            except Exception:
-                traceback.print_exc()
-                print("IPython could not be set up with this configuration and starts without it.", file=sys.stderr)
-                ZMQInteractiveShell.clear_instance()
-                loaded = Config(config)
-                loaded.IPKernelApp.name = "twoproc"
-                self.shell = self._make_shell(profile, loaded)
+            app = IPKernelApp(profile_dir=find_profile(profile_dir))
+            self.shell = app.make_shell(self)
             self._install()
-            IPKernelApp(parent=None, config=loaded, shell=self.shell, profile_dir=profile).run()
-        self._startup_report = complaints.getvalue()
-
-    def _make_shell(self, profile: ProfileDir, config: Config) -> ZMQInteractiveShell:
-        return ZMQInteractiveShell.instance(interpreter=self, kernel=self.kernel, config=config, profile_dir=profile)
+            app.run_files()
+        self.is_starting, self._startup_report = False, complaints.getvalue()
 
     def _install(self) -> None:
         """What user code reaches through builtins and sys, set once so that a user's replacement stays."""
@@ -150,22 +111,12 @@ class Interpreter:
         sys.displayhook = self.shell.displayhook
         sys.excepthook = self.shell.excepthook
         sys.breakpointhook = self._breakpoint
-        # The comm package is what widgets import; without it our own manager is still there for
-        # get_ipython().kernel.comm_manager.
-        with contextlib.suppress(ImportError):
-            import comm
-            comm.create_comm = lambda *args, **keys: Comm(*args, manager=self.comm_manager, **keys)
-            comm.get_comm_manager = lambda *args, **keys: self.comm_manager
 
     def _breakpoint(self, *args, **keys):
         """breakpoint() in a cell: IPython's debugger, unless PYTHONBREAKPOINT names another."""
         if os.environ.get("PYTHONBREAKPOINT"):
             return sys.__breakpointhook__(*args, **keys)
         self.shell.debugger_cls().set_trace(sys._getframe().f_back)
-
-    @property
-    def banner(self) -> str:
-        return self.shell.banner
 
     @property
     def execution_count(self) -> int:
@@ -175,7 +126,7 @@ class Interpreter:
 
     def set_parent(self, message: Message | None) -> None:
         """From now on output belongs to this request: in main, and in threads that have no parent of their own."""
-        self._parent.set(message)
+        self.parent.set(message)
         self._latest_parent = message
 
     def current_parent(self) -> Message | None:
@@ -183,16 +134,7 @@ class Interpreter:
 
         A task keeps the parent of the cell that made it; a thread follows the latest cell unless pinned.
         """
-        return self._parent.get(None) or self._latest_parent
-
-    @contextlib.contextmanager
-    def under(self, message: Message):
-        """Output inside the block belongs to this message, in the calling thread or task only."""
-        before = self._parent.set(message)
-        try:
-            yield
-        finally:
-            self._parent.reset(before)
+        return self.parent.get(None) or self._latest_parent
 
     # -- execute
 
@@ -206,12 +148,10 @@ class Interpreter:
         if self._startup_report and not silent:
             report, self._startup_report = self._startup_report, ""
             self.publish("stream", {"name": "stderr", "text": report})
-        shell.start_cell(code)
         self._offer_loop(code)
         reply: dict = {"status": "ok"}
         try:
-            result = run(lambda: shell.run_request(code, store_history=store_history and not silent, silent=silent,
-                                                   cell_id=cell_id))
+            result = run(lambda: shell.run_request(code, store_history=store_history, silent=silent, cell_id=cell_id))
             error = result.error_before_exec or result.error_in_exec
             if error is not None or shell.is_display_broken:
                 reply = {"status": "error", **(shell.last_error or describe(error))}
@@ -235,24 +175,23 @@ class Interpreter:
         from IPython.core.completer import provisionalcompleter, rectify_completions
         completions: list = []
         # The user's objects answer here (__dir__, __getattr__): whatever they raise is no completion.
-        self._completing.now = True
+        self.completing.now = True
         try:
             with contextlib.suppress(Exception), provisionalcompleter():
                 completions = list(rectify_completions(code, self.shell.Completer.completions(code, cursor_pos)))
         finally:
-            self._completing.now = False
+            self.completing.now = False
         start, end = (completions[0].start, completions[0].end) if completions else (cursor_pos, cursor_pos)
         return {"status": "ok", "matches": [found.text for found in completions],
                 "cursor_start": start, "cursor_end": end, "metadata": {"_jupyter_types_experimental": [
                     {"start": found.start, "end": found.end, "text": found.text, "type": found.type,
                      "signature": found.signature} for found in completions]}}
 
-    def inspect(self, code: str, cursor_pos: int, detail_level: int = 0, omit_sections: tuple = ()) -> dict:
+    def inspect(self, code: str, cursor_pos: int, detail_level: int = 0) -> dict:
         """The content of inspect_reply."""
         from IPython.utils.tokenutil import token_at_cursor
         try:
-            data = self.shell.object_inspect_mime(token_at_cursor(code, cursor_pos), detail_level=detail_level,
-                                                  omit_sections=omit_sections)
+            data = self.shell.object_inspect_mime(token_at_cursor(code, cursor_pos), detail_level=detail_level)
         except Exception:                           # KeyError: not found; others come from the user's objects
             return {"status": "ok", "found": False, "data": {}, "metadata": {}}
         if not self.shell.enable_html_pager:
@@ -269,21 +208,7 @@ class Interpreter:
 
     def history(self, content: dict) -> dict:
         """The content of history_reply; content: that of the request, as checked by session.check_request."""
-        manager, get = self.shell.history_manager, content.get
-        kind, raw, output, n = get("hist_access_type"), get("raw", True), get("output", False), get("n")
-        try:
-            with manager.db_lock:
-                if kind == "tail":
-                    found = manager.get_tail(n or 10, raw=raw, output=output, include_latest=True)
-                elif kind == "range":
-                    found = manager.get_range(get("session", 0), get("start", 1), get("stop"), raw=raw, output=output)
-                else:
-                    found = manager.search(get("pattern") or "*", raw=raw, output=output, n=n,
-                                           unique=get("unique", False))
-                return {"status": "ok", "history": list(found)}
-        except Exception as error:
-            manager.complain(error)
-            return {"status": "ok", "history": []}
+        return {"status": "ok", "history": self.shell.history_manager.answer(content)}
 
     def has_unwritten_history(self) -> bool:
         return self.shell.history_manager.has_unwritten()
@@ -300,21 +225,17 @@ class Interpreter:
                                           for comm_id, comm in list(self.comm_manager.comms.items())
                                           if target_name in (None, comm.target_name)}}
 
-    def comm_open(self, message: Message) -> None:
-        self._handle_comm(self.comm_manager.comm_open, message)
+    def handle_comm(self, message: Message) -> None:
+        """comm_open, comm_msg or comm_close; what it publishes belongs to it, in this thread only."""
+        token = self.parent.set(message)
+        try:
+            getattr(self.comm_manager, message.msg_type)(None, message.identities, as_dict(message))
+        except Exception:                           # user code behind a widget: shown like a cell's error
+            self.shell.showtraceback()
+        finally:
+            self.parent.reset(token)
 
-    def comm_msg(self, message: Message) -> None:
-        self._handle_comm(self.comm_manager.comm_msg, message)
-
-    def comm_close(self, message: Message) -> None:
-        self._handle_comm(self.comm_manager.comm_close, message)
-
-    def _handle_comm(self, handler: Callable, message: Message) -> None:
-        with self.under(message):
-            try:
-                handler(None, message.identities, as_dict(message))
-            except Exception:                       # user code behind a widget: shown like a cell's error
-                self.shell.showtraceback()
+    comm_open = comm_msg = comm_close = handle_comm
 
     # -- awaiting
 
@@ -326,7 +247,6 @@ class Interpreter:
             from IPython.core import async_helpers
             # What asyncio.get_event_loop() made for user code is as good as one of ours.
             self._loop = current_loop() or asyncio.new_event_loop()
-            asyncio.set_event_loop(self._loop)
             async_helpers._asyncio_event_loop = self._loop      # %%script and others ask IPython for it
         return self._loop
 
@@ -336,17 +256,11 @@ class Interpreter:
         if loop is None or loop.is_closed():
             return False
         # Timers and servers are no tasks; where a loop has other insides than asyncio's own, tasks must do.
-        if not all(handle.cancelled() for name in ("_ready", "_scheduled") for handle in getattr(loop, name, ())):
-            return True
+        handles = [*getattr(loop, "_ready", ()), *getattr(loop, "_scheduled", ())]
         selector = getattr(loop, "_selector", None)
-        if selector is not None and len(selector.get_map()) > 1:       # 1: the loop's own wake-up
-            return True
-        return bool(sys.modules["asyncio"].all_tasks(loop))
-
-    @property
-    def inputhook(self) -> Callable | None:
-        """What %gui has asked for: a function that runs a toolkit's event loop until input is ready."""
-        return self.shell.inputhook
+        return bool(not all(handle.cancelled() for handle in handles)
+                    or selector is not None and len(selector.get_map()) > 1         # 1: the loop's own wake-up
+                    or sys.modules["asyncio"].all_tasks(loop))
 
     def wait_for(self, mailbox: Any) -> None:
         """Let tasks and windows of the user go on until there is something in the mailbox, or a little longer.
@@ -354,7 +268,7 @@ class Interpreter:
         mailbox: len() and fileno(), as channels.Mailbox.  To be called while inputhook or has_pending_tasks() ask
         for it.  With a hook, tasks go on only where the toolkit lets us in between (it polls, or has no window).
         """
-        hook = self.shell.inputhook
+        hook = self.inputhook
         if hook is None:
             self._run_loop(mailbox, 1.0 if self.has_unwritten_history() else None)
             if not mailbox:
@@ -363,14 +277,12 @@ class Interpreter:
         try:
             hook(HookContext(mailbox, self.has_pending_tasks))
         except Exception:                            # the toolkit's, or a callback of the user's in it
-            self.shell.inputhook = None
+            self.inputhook = None
             self.shell.showtraceback()
         if not mailbox:
-            # The hook has no window to wait with.  20 times a second we look whether that has changed.
-            if self.has_pending_tasks():
-                self._run_loop(mailbox, 0.05)
-            else:
-                select.select([mailbox], [], [], 0.05)
+            # The hook has no window to wait with, or left for tasks.  20 times a second we look whether that has
+            # changed.
+            self._run_loop(mailbox, 0.05)
 
     def _run_loop(self, mailbox: Any, seconds: float | None) -> None:
         loop = self.loop
@@ -401,10 +313,8 @@ class Interpreter:
         asyncio.run() leaves none behind, so this is looked at before each cell.
         """
         if ("asyncio" in sys.modules or "asyncio" in code) and (self._loop is None or current_loop() is None):
-            if self._loop is None or self._loop.is_closed():
-                _ = self.loop
-            else:
-                sys.modules["asyncio"].set_event_loop(self._loop)
+            import asyncio
+            asyncio.set_event_loop(self.loop)
 
     def run_coroutine(self, coroutine) -> Any:
         """Run a cell that awaits, on `loop`; what it leaves pending stays pending unless the cell was interrupted."""
@@ -429,11 +339,11 @@ class Interpreter:
                 self._cancel(asyncio.all_tasks(loop) - before)
         except BaseException as error:
             # Born in the selector or in a step of a task that the cell had made; the cell itself still waits.
-            self._awaiting, self._interruption = None, error
+            self._awaiting, self.interruption = None, error
             try:
                 self._cancel(asyncio.all_tasks(loop) - before)
             finally:
-                self._interruption = None
+                self.interruption = None
             if not task.done() or task.cancelled() or task.exception():
                 raise
             result = task.result()
@@ -459,9 +369,7 @@ class Interpreter:
     def close(self) -> None:
         """Write out the history for good.  The user's namespace stays until IPython's own atexit function,
         registered before any of the user's, so that their exit functions still find their variables."""
-        manager = self.shell.history_manager
-        if manager is not None:
-            manager.end_session()
+        self.shell.history_manager.end_session()
 
 
 class HookContext:
@@ -496,77 +404,50 @@ def current_loop():
     return None if loop is None or loop.is_closed() else loop
 
 
-# -- parents as libraries know them ----------------------------------------------------------------
+# -- 2. Parents as libraries know them: dicts ------------------------------------------------------
 
-class Parent(dict):
-    """A request as the dict that libraries expect from get_parent(), with the message it was made from."""
-    message: Message
-
-
-def as_dict(message: Message | None) -> Parent:
+def as_dict(message: Message | None) -> dict:
+    """A request as get_parent() gives it."""
     if message is None:
-        return Parent()
-    parent = Parent(header=message.header, parent_header=message.parent_header, metadata=message.metadata,
-                    content=message.content, buffers=[memoryview(buffer) for buffer in message.buffers],
-                    msg_id=message.header.get("msg_id", ""), msg_type=message.header.get("msg_type", ""))
-    parent.message = message
-    return parent
+        return {}
+    return {"header": message.header, "parent_header": message.parent_header, "metadata": message.metadata,
+            "content": message.content, "buffers": [memoryview(buffer) for buffer in message.buffers],
+            "msg_id": message.header.get("msg_id", ""), "msg_type": message.header.get("msg_type", "")}
 
 
-def as_message(parent: Any) -> Message | None:
+def as_message(parent: dict) -> Message | None:
     """What a library hands to set_parent: what get_parent gave it, or a dict of its own."""
-    if isinstance(parent, (Message, type(None))):
-        return parent
-    if isinstance(parent, Parent) and "header" in parent:
-        return parent.message
-    header = parent.get("header") or {}
-    return Message(header, parent.get("parent_header") or {}, parent.get("metadata") or {}, parent.get("content") or {},
-                   [], [], json.dumps(header, default=str).encode())
+    header = parent.get("header")
+    return header and Message(header, parent.get("parent_header", {}), parent.get("metadata", {}),
+                              parent.get("content", {}), [], [], json.dumps(header, default=str).encode())
 
 
 class Kernel:
     """get_ipython().kernel: what libraries use of it, and nothing else."""
 
-    def __init__(self, interpreter: Interpreter):
-        self._interpreter = interpreter
-        self.comm_manager = interpreter.comm_manager
-        self.log = log
+    def __init__(self, shell: ZMQInteractiveShell):
+        self.shell, self.comm_manager, self.log = shell, shell.interpreter.comm_manager, shell.log
 
-    @property
-    def shell(self) -> ZMQInteractiveShell:
-        return self._interpreter.shell
+    def get_parent(self, channel: str | None = None) -> dict:
+        return self.shell.get_parent()
 
-    @property
-    def _parent_header(self) -> Parent:
-        return as_dict(self._interpreter.current_parent())
+    def set_parent(self, ident: Any, parent: dict, channel: str = "shell") -> None:
+        self.shell.set_parent(parent)
+
+    _parent_header = property(get_parent)
 
     @property
     def _parent_ident(self) -> dict:
-        message = self._interpreter.current_parent()
+        message = self.shell.interpreter.current_parent()
         return {"shell": message.identities if message else [], "control": []}
 
-    def get_parent(self, channel: str | None = None) -> Parent:
-        return as_dict(self._interpreter.current_parent())
 
-    def set_parent(self, ident: Any, parent: Any, channel: str = "shell") -> None:
-        self._interpreter.set_parent(as_message(parent))
-
-    def set_thread_parent(self, parent: Any) -> contextvars.Token:
-        return self.shell.set_thread_parent(parent)
-
-    def reset_thread_parent(self, token: contextvars.Token) -> None:
-        self.shell.reset_thread_parent(token)
-
-
-# -- 2. IPython's shell ----------------------------------------------------------------------------
+# -- 3. IPython's shell ----------------------------------------------------------------------------
 
 def flush_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):        # whatever the user has put there
             stream.flush()
-
-
-NO_CODE = {getattr(token, name) for name in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")}
 
 
 class ResultHook(DisplayHook):
@@ -577,18 +458,14 @@ class ResultHook(DisplayHook):
     def quiet(self) -> bool:
         """Whether the last token of the cell is a semicolon."""
         # IPython looks at the last cell that was stored, which is another one without store_history.
-        cell = self.shell.cell
-        if ";" not in cell:
+        if ";" not in self.shell.cell:
             return False
         import tokenize
-        last = ""
-        try:
-            for found in tokenize.generate_tokens(io.StringIO(cell).readline):
-                if found.type not in NO_CODE and found.string:
-                    last = found.string
-        except (tokenize.TokenError, SyntaxError):  # magics are no tokens
-            pass
-        return last == ";"
+        with contextlib.suppress(tokenize.TokenError, SyntaxError):     # magics are no tokens
+            tokens = tokenize.generate_tokens(io.StringIO(self.shell.cell).readline)
+            words = [found.string for found in tokens if found.string.strip() and found.type != tokenize.COMMENT]
+            return words[-1:] == [";"]
+        return False
 
     def start_displayhook(self) -> None:
         self.content = {"execution_count": self.prompt_count, "data": {}, "metadata": {}}
@@ -618,19 +495,6 @@ class Publisher(DisplayPublisher):
     def clear_output(self, wait: bool = False) -> None:
         flush_streams()
         self.shell.publish("clear_output", {"wait": bool(wait)})
-
-
-class LastingDisplayTrap(DisplayTrap):
-    """IPython puts its displayhook in place for each cell and takes it away after.
-
-    Ours was set once: a hook that the user sets stays, as it does in python.
-    """
-
-    def set(self) -> None:
-        pass
-
-    def unset(self) -> None:
-        pass
 
 
 class CellCompiler(CachingCompiler):
@@ -665,17 +529,21 @@ class ZMQInteractiveShell(InteractiveShell):
 
     interpreter = AnyTrait()
     kernel = AnyTrait()
+    display_trap = AnyTrait()
     displayhook_class = Type(ResultHook)
     display_pub_class = Type(Publisher)
     compiler_class = Type(CellCompiler)
     exiter = Instance(ZMQExitAutocall)
     loop_runner_map = {**InteractiveShell.loop_runner_map, "asyncio": (main_loop_runner, True)}
     keepkernel_on_exit = None
-    inputhook: Callable | None = None       # for %gui: called with a context, while idle, by kernel.py
     cell = ""                               # the source of the running cell
     last_error: dict | None = None          # the latest `error` content of the running cell
     stepping: Callable | None = None        # the trace function of a debugger between two statements of a cell
     is_display_broken = False               # an error was shown while a result was being formatted
+
+    @default("kernel")
+    def _default_kernel(self):
+        return Kernel(self)
 
     @default("exiter")
     def _default_exiter(self):
@@ -684,10 +552,6 @@ class ZMQInteractiveShell(InteractiveShell):
     @default("loop_runner")
     def _default_loop_runner(self):
         return main_loop_runner
-
-    @default("banner1")
-    def _default_banner1(self):
-        return default_banner
 
     @property
     def publish(self) -> Callable:
@@ -712,7 +576,9 @@ class ZMQInteractiveShell(InteractiveShell):
 
     def init_displayhook(self) -> None:
         super().init_displayhook()
-        self.display_trap = LastingDisplayTrap(hook=self.displayhook)
+        # IPython's puts the displayhook in place for each cell and takes it away after.  Ours was set once: a
+        # hook that the user sets stays, as it does in python.
+        self.display_trap = contextlib.nullcontext()
 
     def init_completer(self) -> None:
         super().init_completer()
@@ -727,15 +593,12 @@ class ZMQInteractiveShell(InteractiveShell):
     def init_magics(self) -> None:
         super().init_magics()
         self.register_magics(KernelMagics)
-        self.magics_manager.register_alias("ed", "edit")
 
     # -- a cell
 
-    def start_cell(self, code: str) -> None:
-        self.cell, self.last_error, self.is_display_broken = code, None, False
-
     def run_request(self, code: str, **options) -> Any:
         """run_cell, and no debugger that outlives its cell."""
+        self.cell, self.last_error, self.is_display_broken = code, None, False
         try:
             return self.run_cell(code, **options)
         finally:
@@ -792,7 +655,7 @@ class ZMQInteractiveShell(InteractiveShell):
                     self.pause_debugger()
             return False
         except BaseException as error:
-            interruption = self.interpreter._interruption
+            interruption = self.interpreter.interruption
             if interruption is not None and type(error).__name__ == "CancelledError":
                 # We cancelled the cell because of this; told at the line that was waiting.
                 error = interruption.with_traceback(error.__traceback__)
@@ -829,7 +692,7 @@ class ZMQInteractiveShell(InteractiveShell):
             etype, value, tb = self._get_exc_info(exc_tuple)
         except ValueError:
             return super().showtraceback(exc_tuple, filename, tb_offset, exception_only, running_compiled_code)
-        before, self.last_error = self.last_error, None
+        self.last_error = None
         try:
             if has_group(value) and not exception_only:
                 self._showtraceback(etype, value, traceback.format_exception(etype, value, tb))
@@ -837,15 +700,15 @@ class ZMQInteractiveShell(InteractiveShell):
                 super().showtraceback((etype, value, tb), filename, tb_offset, exception_only, running_compiled_code)
         except KeyboardInterrupt:
             pass                            # in the middle of formatting; the short form below must do
-        if self.last_error is None and type(self)._showtraceback == ZMQInteractiveShell._showtraceback \
-                and "_showtraceback" not in self.__dict__:
+        # Libraries replace _showtraceback, to show errors themselves.
+        is_ours = getattr(self._showtraceback, "__func__", None) is ZMQInteractiveShell._showtraceback
+        if self.last_error is None and is_ours:
             self._showtraceback(etype, value, describe(value)["traceback"])
-        self.last_error = self.last_error or before
 
     def _showtraceback(self, etype, evalue, stb):
         flush_streams()
         self.last_error = {**describe(evalue), "ename": etype.__name__, "traceback": [str(line) for line in stb]}
-        if self.interpreter._is_starting:
+        if self.interpreter.is_starting:
             print("\n".join(self.last_error["traceback"]), file=sys.stderr)
             return
         self.is_display_broken = self.displayhook.content is not None or self.is_display_broken
@@ -853,7 +716,7 @@ class ZMQInteractiveShell(InteractiveShell):
 
     def excepthook(self, etype, value, tb) -> None:
         """sys.excepthook: for toolkits that hand the errors of callbacks to it."""
-        if not getattr(self.interpreter._completing, "now", False):
+        if not getattr(self.interpreter.completing, "now", False):
             self.showtraceback((etype, value, tb), tb_offset=0)
 
     def show_usage_error(self, exc) -> None:
@@ -884,13 +747,8 @@ class ZMQInteractiveShell(InteractiveShell):
         cmd = self.var_expand(cmd, depth=1)
         flush_streams()
         shell = os.environ.get("SHELL")
-        process = subprocess.Popen(cmd, shell=True, stdin=subprocess.DEVNULL,
-                                   executable=shell if os.name == "posix" and shell and os.path.exists(shell) else None)
-        try:
-            code = process.wait()
-        except BaseException:
-            interrupt_child(process)
-            raise
+        code = subprocess.call(cmd, shell=True, stdin=subprocess.DEVNULL,
+                               executable=shell if os.name == "posix" and shell and os.path.exists(shell) else None)
         # As in IPython: a status in the shell's manner, 128 and the signal, becomes minus the signal.
         self.user_ns["_exit_code"] = code = code if code <= 128 else 128 - code
         if getattr(self, "system_raise_on_error", False) and code:
@@ -899,34 +757,32 @@ class ZMQInteractiveShell(InteractiveShell):
     system_piped = system_raw = system
 
     def enable_gui(self, gui=None) -> None:
-        """%gui: an event loop of a toolkit to run while the kernel is idle; kernel.py calls `inputhook`."""
+        """%gui: an event loop of a toolkit to run while the kernel is idle; kernel.py calls it."""
         if gui in (None, "", "inline", "none", "agg", "asyncio"):
-            self.active_eventloop, self.inputhook = None, None
+            self.active_eventloop, self.interpreter.inputhook = None, None
             return
         from IPython.terminal.pt_inputhooks import UnknownBackend, get_inputhook_name_and_func
         try:
-            self.active_eventloop, self.inputhook = get_inputhook_name_and_func(gui)
+            self.active_eventloop, self.interpreter.inputhook = get_inputhook_name_and_func(gui)
         except (UnknownBackend, ImportError) as error:
             raise UsageError(str(error)) from error
 
     # -- parents, under the names that libraries use
 
-    @property
-    def parent_header(self) -> Parent:
-        return self.get_parent()
-
-    def get_parent(self) -> Parent:
+    def get_parent(self) -> dict:
         return as_dict(self.interpreter.current_parent())
 
-    def set_parent(self, parent) -> None:
+    parent_header = property(get_parent)
+
+    def set_parent(self, parent: dict) -> None:
         self.interpreter.set_parent(as_message(parent))
 
-    def set_thread_parent(self, parent) -> contextvars.Token:
+    def set_thread_parent(self, parent: dict) -> contextvars.Token:
         """Pin the output of the calling thread to this request; the result undoes it with reset_thread_parent."""
-        return self.interpreter._parent.set(as_message(parent))
+        return self.interpreter.parent.set(as_message(parent))
 
     def reset_thread_parent(self, token: contextvars.Token) -> None:
-        self.interpreter._parent.reset(token)
+        self.interpreter.parent.reset(token)
 
 
 InteractiveShellABC.register(ZMQInteractiveShell)
@@ -938,30 +794,6 @@ def has_group(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, group):
         error = error.__context__
     return error is not None
-
-
-def interrupt_child(process) -> None:
-    """End a command whose cell was interrupted.
-
-    Ctrl-C in a terminal reaches every process of the foreground job; we have no terminal, so where the process
-    group is our own the whole group gets the signal: a pipeline ends with it, not only the shell that started it.
-    """
-    with contextlib.suppress(Exception):
-        process.wait(0.1)               # who interrupted us may have interrupted the whole group
-        return
-    if os.name == "posix" and os.getpgrp() == os.getpid():
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            os.killpg(os.getpid(), signal.SIGINT)
-        finally:
-            signal.signal(signal.SIGINT, handler)
-    elif os.name == "posix":
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(0.3)               # time to clean up; commands that ignore the signal are killed
-    except Exception:
-        process.kill()
-        process.wait()
 
 
 @magics_class
@@ -992,16 +824,9 @@ class KernelMagics(Magics):
 
     @line_magic
     def less(self, arg_s):
-        """Show a file in the frontend's pager; a Python file with colours."""
-        if not arg_s:
-            raise UsageError("%less needs the name of a file")
-        from IPython.utils import openpy
-        if arg_s.endswith(".py"):
-            text = self.shell.pycolorize(openpy.read_py_file(arg_s, skip_encoding_cookie=False))
-        else:
-            with open(arg_s, encoding="utf-8", errors="replace") as file:
-                text = file.read()
-        page.page(text)
+        """Show a file in the frontend's pager."""
+        with open(os.path.expanduser(arg_s), encoding="utf-8", errors="replace") as file:
+            page.page(file.read())
 
     more = line_magic("more")(less)
 
@@ -1019,9 +844,6 @@ class KernelMagics(Magics):
     def connect_info(self, arg_s):
         """Show how another frontend attaches to this kernel."""
         path = self.shell.interpreter.connection_file
-        if path is None:
-            print("This kernel has no connection file.", file=sys.stderr)
-            return
         with open(path, encoding="utf-8") as file:
             # Without the key: what a cell prints is saved in notebooks.
             print(json.dumps({**json.load(file), "key": "(in the file)"}, indent=2))
@@ -1031,59 +853,56 @@ class KernelMagics(Magics):
               "    jupyter console --existing %s" % (__package__, path, path))
 
 
-# -- configuration ---------------------------------------------------------------------------------
+# -- 4. Configuration, and IPython's own start -----------------------------------------------------
+
+class IPKernelApp(InteractiveShellApp, Application):
+    """IPython's start from the user's files.
+
+    Named so that both sections that configuration files may have for it, InteractiveShellApp and IPKernelApp, apply.
+    """
+
+    name = Unicode("twoproc").tag(config=True)
+    profile_dir = AnyTrait()
+    ipython_dir = property(lambda self: get_ipython_dir())
+
+    def make_shell(self, interpreter: Interpreter) -> ZMQInteractiveShell:
+        """The shell, with the user's configuration; without it if IPython refuses that."""
+        try:
+            for name in ("ipython_config", "ipython_kernel_config"):
+                self.load_config_file(name, path=[self.profile_dir.location, *ENV_CONFIG_DIRS, *SYSTEM_CONFIG_DIRS])
+        except SystemExit:                           # of the user's code; load_config_file tells the other errors
+            traceback.print_exc()
+        for config in (self.config, Config()):
+            # tqdm and others take us for a notebook only if this section exists.
+            config.IPKernelApp.name = "twoproc"
+            try:
+                self.shell = ZMQInteractiveShell.instance(
+                    interpreter=interpreter, config=config, profile_dir=self.profile_dir)
+                break
+            except Exception:
+                traceback.print_exc()
+                print("IPython could not be set up with this configuration and starts without it.", file=sys.stderr)
+                ZMQInteractiveShell.clear_instance()
+        return self.shell
+
+    def run_files(self) -> None:
+        """sys.path, extensions, exec_lines, startup files."""
+        try:
+            self.init_path()
+            self.init_gui_pylab()
+            self.init_extensions()
+            self.init_code()
+        except (Exception, SystemExit):              # user code: a kernel starts in spite of it
+            traceback.print_exc()
+
 
 def find_profile(folder: str | None) -> ProfileDir:
     """The profile to use; a fresh one in a temporary folder if none can be made where it belongs."""
     try:
-        if folder is not None:
-            os.makedirs(folder, exist_ok=True)
-            return ProfileDir(location=os.path.abspath(folder))
-        return ProfileDir.create_profile_dir_by_name(get_ipython_dir(), "default")
+        if folder is None:
+            return ProfileDir.create_profile_dir_by_name(get_ipython_dir(), "default")
+        return ProfileDir(location=os.path.abspath(folder))
     except Exception as error:
         import tempfile
         print("IPython profile %s: %s; using an empty one" % (folder or "default", error), file=sys.stderr)
         return ProfileDir(location=tempfile.mkdtemp(prefix="twoproc-profile-"))
-
-
-def load_config_files(profile: ProfileDir) -> Config:
-    """ipython_config and ipython_kernel_config of the system, the environment and the profile, later ones winning."""
-    config = Config()
-    for folder in [*reversed(SYSTEM_CONFIG_DIRS), *reversed(ENV_CONFIG_DIRS), profile.location]:
-        for name in ("ipython_config", "ipython_kernel_config"):
-            for loader, ending in ((PyFileConfigLoader, ".py"), (JSONFileConfigLoader, ".json")):
-                path = os.path.join(folder, name + ending)
-                if not os.path.exists(path):
-                    continue
-                try:
-                    config.merge(loader(name + ending, path=folder).load_config())
-                except ConfigFileNotFound:
-                    pass
-                except (Exception, SystemExit):      # user code
-                    traceback.print_exc()
-                    print("configuration file %s: not used, because of the error above" % path, file=sys.stderr)
-    return config
-
-
-class IPKernelApp(InteractiveShellApp):
-    """IPython's start-up steps: sys.path, extensions, exec_lines, startup files.
-
-    Named so that both sections that configuration files may have for it, InteractiveShellApp and
-    IPKernelApp, apply.
-    """
-
-    name = AnyTrait("twoproc").tag(config=True)
-    profile_dir = AnyTrait()
-    log = log
-    extra_args: list = []
-
-    @property
-    def ipython_dir(self) -> str:
-        return get_ipython_dir()
-
-    def run(self) -> None:
-        for step in (self.init_path, self.init_gui_pylab, self.init_extensions, self.init_code):
-            try:
-                step()
-            except (Exception, SystemExit):          # user code: a kernel starts in spite of it
-                traceback.print_exc()
