@@ -438,7 +438,7 @@ def find_kernelspec(name: str | None) -> KernelSpec:
 
 def kernelspec_folders() -> list[str]:
     """Where kernelspecs are, the first that has a name decides ("Kernel specs" in jupyter_client's documentation)."""
-    user = [_user_data_folder()]
+    user = [connection.jupyter_data_folder()]
     environment = [os.path.join(sys.prefix, "share", "jupyter")]
     # In a virtual environment Jupyter looks there first, outside of one into the user's folder first.
     prefer = os.environ.get("JUPYTER_PREFER_ENV_PATH", "")
@@ -451,17 +451,6 @@ def kernelspec_folders() -> list[str]:
     else:
         bases += ["/usr/local/share/jupyter", "/usr/share/jupyter"]
     return list(dict.fromkeys(os.path.join(base, "kernels") for base in bases))
-
-
-def _user_data_folder() -> str:
-    home = os.path.expanduser("~")
-    if os.environ.get("JUPYTER_DATA_DIR"):
-        return os.environ["JUPYTER_DATA_DIR"]
-    if sys.platform == "darwin" and not os.environ.get("JUPYTER_PLATFORM_DIRS"):
-        return os.path.join(home, "Library", "Jupyter")
-    if sys.platform == "win32":
-        return os.path.join(os.environ.get("APPDATA") or home, "jupyter")
-    return os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.join(home, ".local", "share"), "jupyter")
 
 
 def _read_kernelspec(name: str, folder: str) -> KernelSpec:
@@ -498,7 +487,7 @@ def install_kernelspec(name: str | None = None, *, user: bool = False, prefix: s
         raise ValueError("kernelspec name %r: use letters, digits, '.', '_' and '-'" % name)
     if user and prefix:
         raise ValueError("a kernelspec goes to the user's folder or to a prefix, not to both")
-    base = _user_data_folder() if user else os.path.join(prefix or sys.prefix, "share", "jupyter")
+    base = connection.jupyter_data_folder() if user else os.path.join(prefix or sys.prefix, "share", "jupyter")
     folder = os.path.join(os.path.abspath(base), "kernels", name.lower())
     spec = _own_spec()
     members = {"argv": list(spec.argv), "display_name": display_name or spec.display_name, "language": spec.language,
