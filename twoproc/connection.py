@@ -194,8 +194,9 @@ def _open_private(path: str, flags: int) -> int:
         raise _unsafe(f"{path}: {'is a symbolic link' if is_link else error.strerror}; not used") from error
     try:
         if is_new and sys.platform != "win32":
-            os.fchmod(fd, 0o600)  # as in private_folder()
-        _refuse_unsafe(path, os.fstat(fd))  # a new one too: some file systems keep no permissions
+            with contextlib.suppress(OSError):
+                os.fchmod(fd, 0o600)  # as in private_folder(); some file systems keep no permissions
+        _refuse_unsafe(path, os.fstat(fd))
     except ConnectionFileError:
         os.close(fd)
         raise
@@ -223,21 +224,22 @@ def new_connection(transport: str = "ipc", name: str | None = None,
     """
     if transport not in TRANSPORTS:
         raise ConnectionFileError(f"transport {_shown(transport)}: expected one of {', '.join(TRANSPORTS)}")
-    is_elsewhere = path is not None
     if path is not None:
         path = os.path.abspath(path)
-    elif name is None:
-        path = _reserve_new_name(kernels_folder())
-    elif re.fullmatch(r"[^\W_][\w.-]*", name):
-        path = os.path.join(kernels_folder(), f"{name}.json")
-        reserve(path)
+        # The folder of such a file may be open to others; its sockets go to ours.
+        prefix = os.path.join(kernels_folder(), secrets.token_hex(4)) if transport == "ipc" else ""
     else:
-        raise ConnectionFileError(f"kernel name {_shown(name)}: use letters, digits, '-', '_' and '.'")
+        if name is None:
+            path = _reserve_new_name(kernels_folder())
+        elif re.fullmatch(r"[^\W_][\w.-]*", name):
+            path = os.path.join(kernels_folder(), f"{name}.json")
+            reserve(path)
+        else:
+            raise ConnectionFileError(f"kernel name {_shown(name)}: use letters, digits, '-', '_' and '.'")
+        prefix = path.removesuffix(".json")
     key = secrets.token_hex(32).encode()
     if transport == "tcp":
         return path, ConnectionInfo("tcp", "127.0.0.1", 0, 0, 0, 0, 0, key)
-    # The folder of a file elsewhere may be open to others; its sockets go to ours.
-    prefix = os.path.join(kernels_folder(), secrets.token_hex(4)) if is_elsewhere else path.removesuffix(".json")
     info = ConnectionInfo("ipc", prefix, 1, 2, 3, 4, 5, key)
     if _ipc_excess(info) > 0:
         raise ConnectionFileError(f"{prefix}: {_ipc_excess(info)} bytes too long for the path of a socket; "
@@ -596,23 +598,24 @@ def remove_files(path: str, info: ConnectionInfo) -> None:
 
 
 def remove_stale() -> None:
-    """Remove what dead kernels left in our folder: what has a lock that nobody holds."""
+    """Remove what dead kernels left in our folder: what has a lock that nobody holds, and old odds and ends."""
     folder = kernels_folder()
     for path in [os.path.join(folder, entry) for entry in os.listdir(folder)]:
         with contextlib.suppress(ConnectionFileError, OSError):  # somebody else may be tidying up too
+            found = os.lstat(path)
+            is_fresh = abs(time.time() - found.st_mtime) < FRESH
             if path.endswith(".lock"):
-                _remove_if_stale(path.removesuffix(".lock"))
-            elif not _is_fresh(path):
+                is_reserved = is_fresh and found.st_size == 0  # no kernel has it yet
+                if not is_reserved and not is_claimed(path.removesuffix(".lock")):
+                    _remove_dead(path.removesuffix(".lock"))
+            elif not is_fresh:
                 # The log of a kernel that ended properly, but after its launcher, has no lock beside it.
                 is_lone_log = path.endswith(".log") and not os.path.lexists(lock_path(path[:-4] + ".json"))
                 if is_lone_log or path.endswith(".tmp") or is_dead_socket(path):
                     os.unlink(path)
 
 
-def _remove_if_stale(path: str) -> None:
-    is_reserved = _is_fresh(lock_path(path)) and os.stat(lock_path(path)).st_size == 0  # no kernel has it yet
-    if is_reserved or is_claimed(path):
-        return
+def _remove_dead(path: str) -> None:
     with Claim(path):
         with contextlib.suppress(ConnectionFileError):  # malformed or gone: its sockets are swept by and by
             remove_files(path, read_connection_file(path, as_kernel=True))
@@ -628,10 +631,6 @@ def is_dead_socket(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)  # a full backlog must not hold us up; it says that somebody is there
         return sock.connect_ex(path) == errno.ECONNREFUSED
-
-
-def _is_fresh(path: str) -> bool:
-    return abs(time.time() - os.lstat(path).st_mtime) < FRESH
 
 
 # -- who could reach the sockets
