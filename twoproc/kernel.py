@@ -331,6 +331,7 @@ class Kernel:
     def run(self, make_interpreter: Callable[[Kernel], Interpreter]) -> None:
         """Serve until told to end.  The channels are already started."""
         self.interpreter = make_interpreter(self)
+        self.interpreter.on_await = self.handle_comms
         self._helpers.start()
         while self.ending is None:
             message = self._next_request()

@@ -80,6 +80,7 @@ class Interpreter:
         self.parent: contextvars.ContextVar = contextvars.ContextVar("twoproc parent")
         self._latest_parent: Message | None = None    # written by main only; threads without one of their own read it
         self._loop: Any = None
+        self.on_await: Callable[[], Any] = lambda: None         # kernel.py's: called when a cell begins to await
         self._awaiting: Any = None                    # the loop while a cell awaits on it; written by main only
         self.interruption: BaseException | None = None          # what a cell that awaits is being cancelled for
         self.completing = threading.local()           # .now: IPython gives what fails there to sys.excepthook
@@ -333,6 +334,7 @@ class Interpreter:
         task = loop.create_task(cell())
         try:
             self._awaiting = loop
+            loop.call_soon(self.on_await)       # what came before anybody could call_in_running_loop
             result = loop.run_until_complete(task)
             self._awaiting = None
             if isinstance(getattr(result, "error_in_exec", None), KeyboardInterrupt):
