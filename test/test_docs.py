@@ -226,6 +226,8 @@ class LinksAndCommands(unittest.TestCase):
                     module, words = found[1], shlex.split(found[2].strip())
                     self.assertIn(module, parsers)
                     seen.add(module)
+                    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+                    self.assertLessEqual(set(options), set(parsers[module]._option_string_actions))    # not shortened
                     try:
                         parsers[module].parse_args(words)
                     except SystemExit as end:
