@@ -196,11 +196,11 @@ class Terminal:
         return True
 
     def wait(self, wanted, deadline=support.DEADLINE):
-        """Until `wanted` (a text, or a function of the screen's lines) is there; returns the lines."""
+        """Until `wanted` (a text, or a function of the lines on a screen that is not empty) is there; the lines."""
         end = time.monotonic() + deadline
         while True:
             lines = self.screen.lines()
-            if wanted in "\n".join(lines) if isinstance(wanted, str) else wanted(lines):
+            if wanted in "\n".join(lines) if isinstance(wanted, str) else lines and wanted(lines):
                 return lines
             left = end - time.monotonic()
             if left <= 0:
@@ -213,7 +213,7 @@ class Terminal:
 
     def prompt(self, number, deadline=support.DEADLINE):
         """Until the last line is the empty prompt with this number."""
-        return self.wait(lambda lines: bool(lines) and lines[-1] == f"In [{number}]:", deadline)
+        return self.wait(lambda lines: lines[-1] == f"In [{number}]:", deadline)
 
     def run(self, code, number):
         """Type one line, and wait for the next prompt; the screen."""

@@ -231,7 +231,7 @@ class Interpreter:
         token = self.parent.set(message)
         try:
             getattr(self.comm_manager, message.msg_type)(None, message.identities, as_dict(message))
-        except Exception:                           # user code behind a widget: shown like a cell's error
+        except (Exception, SystemExit):             # user code behind a widget: shown like a cell's error
             self.shell.showtraceback()
         finally:
             self.parent.reset(token)
@@ -869,11 +869,11 @@ class IPKernelApp(InteractiveShellApp, Application):
 
     def make_shell(self, interpreter: Interpreter) -> ZMQInteractiveShell:
         """The shell, with the user's configuration; without it if IPython refuses that."""
-        try:
-            for name in ("ipython_config", "ipython_kernel_config"):
+        for name in ("ipython_config", "ipython_kernel_config"):
+            try:
                 self.load_config_file(name, path=[self.profile_dir.location, *ENV_CONFIG_DIRS, *SYSTEM_CONFIG_DIRS])
-        except SystemExit:                           # of the user's code; load_config_file tells the other errors
-            traceback.print_exc()
+            except SystemExit:                       # of the user's code; load_config_file tells the other errors
+                traceback.print_exc()
         for config in (self.config, Config()):
             # tqdm and others take us for a notebook only if this section exists.
             config.IPKernelApp.name = "twoproc"
