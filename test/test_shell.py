@@ -566,6 +566,22 @@ class HistoryIsKept(unittest.TestCase):
         self.assertEqual([source for source, in holder.execute("SELECT source_raw FROM history ORDER BY line")],
                          ["first = 1", "second = 2", "3"])
 
+    def test_a_file_that_is_locked_when_first_needed_is_opened_later(self):
+        home = make_home(self)
+        first = start(self, home)
+        first.execute("1")
+        first.end()
+        path = os.path.join(first.profile, "history.sqlite")
+        holder = sqlite3.connect(path, isolation_level=None)
+        self.addCleanup(holder.close)
+        holder.execute("BEGIN EXCLUSIVE")
+        shell = start(self, home)
+        shell.execute("late = 1")
+        self.assertEqual(self.ask(shell, "tail", n=5), [])
+        self.assertEqual(shell.call("write_history").text, "")
+        holder.execute("ROLLBACK")
+        self.assertEqual([line[2] for line in self.ask(shell, "tail", n=5)], ["1", "late = 1"])
+
     def test_a_file_that_is_no_database_is_told_once_and_left_as_it_is(self):
         home = make_home(self)
         profile = os.path.join(home, "profile")
@@ -632,6 +648,12 @@ class Configuration(unittest.TestCase):
         for text in ("config is broken", "startup is broken"):
             self.assertIn(text, outcome.text)
         self.assertEqual(shell.execute("2").text, "")
+
+    def test_files_that_exit_stop_nothing(self):
+        shell = start(self, self.profile({
+            "ipython_config.py": "import sys; sys.exit(3)\n", "startup/00-exit.py": "import sys; sys.exit(4)\n",
+            "ipython_kernel_config.json": '{"InteractiveShell": {"ast_node_interactivity": "all"}}'}))
+        self.assertEqual(len(shell.execute("1\n2").of("execute_result")), 2)
 
     def test_a_setting_that_ipython_refuses_is_told_and_stops_nothing(self):
         shell = start(self, self.profile({"ipython_config.py": "c.InteractiveShell.cache_size = 'many'\n"}))
