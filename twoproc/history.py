@@ -56,7 +56,10 @@ class History(HistoryManager):
                 if request["hist_access_type"] == "tail":
                     return self.get_tail(request["n"] or 10, include_latest=True, **how)
                 if request["hist_access_type"] == "range":
-                    return list(self.get_range(request["session"], request["start"], request["stop"], **how))
+                    asked = request["session"]
+                    lines = self.get_range(asked, request["start"], request["stop"], **how)
+                    # IPython calls the current session 0, also where it was asked for by its number.
+                    return [(session or max(asked, 0), *line) for session, *line in lines]
                 return list(self.search(request["pattern"], n=request["n"], unique=request["unique"], **how))
         except Exception as error:
             self.complain(error)

@@ -390,7 +390,7 @@ class Kernel:
             self.status("idle", message)
         if any(payload.get("source") == "ask_exit" and not payload.get("keepkernel")
                for payload in reply.get("payload", ())):
-            self._end_if_alone()
+            self._leave_if_alone()
 
     def run_user_code(self, function: Callable[[], Any]) -> Any:
         """Call `function`; while it runs, and only then, SIGINT is KeyboardInterrupt in the main thread.
