@@ -687,7 +687,13 @@ class OncePerSecond(logging.Filter):
 
 def main(argv: list[str] | None = None) -> int:
     """The command `python -m twoproc.kernel`; returns the exit status, see docs/configuration.md."""
-    arguments = parser().parse_args(argv)
+    program = parser()
+    arguments, unknown = program.parse_known_args(argv)
+    if unknown and not arguments.connection_file:
+        program.error("unrecognized arguments: " + " ".join(unknown))
+    # Jupyter's programs append what they do not know themselves: `jupyter run` its script, others traits of ipykernel.
+    if options := [word for word in unknown if word.startswith("-")]:
+        print("%s: ignoring %s" % (program.prog, " ".join(options)), file=sys.stderr)
     try:
         settings = config.load(arguments, {"--transport": ("kernel.transport", arguments.transport)})
         if arguments.show_config:
