@@ -197,10 +197,10 @@ class Invisible(Processor):
 class Cell:
     """Our request that runs, or waits its turn."""
 
-    def __init__(self, pending: Any):
+    def __init__(self, pending: Any, count: int | None):
         self.pending = pending
         self.msg_id = pending.msg_id
-        self.count: Any = None          # execution_count, once the kernel has begun it
+        self.count: Any = count         # execution_count; None while it waits behind somebody else's cell
         self.reply: Message | None = None
         self.replied_at = 0.0
         self.is_idle = False
@@ -277,6 +277,7 @@ class Terminal:
                 continue
             text = self.ask_cell()
             if text is not None and text.strip():
+                self.pump(0)        # somebody may have come a moment ago
                 self.submit(text)
         if self.client is not None:
             self.client.close(timeout=0.5)
@@ -734,7 +735,7 @@ class Terminal:
         try:
             self.cell = cell = Cell(self.client.submit("execute_request", {
                 "code": text, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": True,
-                "stop_on_error": True}, on_message=self._hear))
+                "stop_on_error": True}, on_message=self._hear), None if self.busy else self.count)
         except KernelDied as died:
             self.died = died.cause
             self.next_input = Document(text)
