@@ -29,6 +29,7 @@ import signal
 import sys
 import threading
 import time
+from _signal import signal as set_handler  # type: ignore[import-not-found]
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -74,11 +75,14 @@ class Kernel:
         self._parent_pid = parent_pid
         self._alone_since = time.monotonic()
         self._end_at: float | None = None
+        self.ends_on_exit = False       # see _leave_if_alone
+        self._leave_at: float | None = None
         self._input_replies: SimpleQueue[str] = SimpleQueue()
         # The question that an input_reply may answer: whom it was sent to, and its msg_id.
         self._asking: tuple[list[bytes], str] | None = None
         self._cells = 0
         self._runs_user_code = False
+        self._interrupted: Message | None = None    # the cell that was interrupted before its code began
         self._cell_sigint: Any = signal.default_int_handler
         self.process = os.getpid()
         self._leads_group = hasattr(os, "getpgrp") and os.getpgrp() == os.getpid()
@@ -173,8 +177,11 @@ class Kernel:
 
         pthread_kill, not _thread.interrupt_main: only a signal ends a system call of the main thread.
         """
+        # First the note, then the look: main looks at the note after it has said that user code runs.
+        self._interrupted = self.running
         if not self._runs_user_code:
             return
+        self._interrupted = None
         if self._leads_group:
             os.killpg(0, signal.SIGINT)
         elif hasattr(signal, "pthread_kill"):
@@ -200,6 +207,10 @@ class Kernel:
             if now > self._end_at:
                 self._end_hard()
             waits.append(self._end_at - now + 0.01)
+        elif self._leave_at is not None:
+            if now > self._leave_at:
+                self.end("exit in a cell")
+            waits.append(max(0.0, self._leave_at - now) + 0.01)
         if self.capture.has_grown():
             if not self._is_reading_asked:      # else a slow reader of iopub would have us ask without end
                 self._is_reading_asked = True
@@ -403,18 +414,20 @@ class Kernel:
             return function()
         try:
             self._runs_user_code = True
-            signal.signal(signal.SIGINT, self._cell_sigint)
-            if self.ending is not None:
+            set_handler(signal.SIGINT, self._cell_sigint)
+            interrupted, self._interrupted = self._interrupted, None
+            if self.ending is not None or interrupted is not None and interrupted is self.running:
                 raise KeyboardInterrupt
             return function()
         finally:
-            # Ctrl-C may strike between these lines too; the second attempt is then undisturbed.
-            while self._runs_user_code:
-                with contextlib.suppress(KeyboardInterrupt):
-                    self._cell_sigint = signal.signal(signal.SIGINT, drop_sigint) or signal.SIG_DFL
-                    if self._cell_sigint is drop_sigint:
-                        self._cell_sigint = signal.default_int_handler
-                    self._runs_user_code = False
+            # The C function, because the one in signal.py is Python, and within Python Ctrl-C can strike. It may
+            # strike once more as this call begins, and then not again.
+            try:
+                handler = set_handler(signal.SIGINT, self.note_sigint)
+            except KeyboardInterrupt:
+                handler = set_handler(signal.SIGINT, self.note_sigint)
+            self._cell_sigint = signal.default_int_handler if handler in (None, self.note_sigint) else handler
+            self._runs_user_code = False
             # An import that Ctrl-C ended within importlib's few lines of Python keeps the import lock (3.10 to
             # 3.14), and every other thread that imports then waits for ever. Only its owner can give it back.
             while _imp.lock_held():
@@ -422,6 +435,10 @@ class Kernel:
                     _imp.release_lock()
                 except RuntimeError:        # another thread's, who is importing just now
                     break
+
+    def note_sigint(self, number: int, frame: Any) -> None:
+        """Ctrl-C while no user code runs: for the cell that is about to run its code, else for nobody."""
+        self._interrupted = self.running
 
     def _run_alone(self, function: Callable[[], Any]) -> None:
         """Run user code that no cell waits for: a task, a widget's handler.  It cannot end the kernel."""
@@ -493,10 +510,12 @@ class Kernel:
             self._run_alone(lambda: handle(message))
             self.call_to_read_capture(message.header_bytes)
 
-    def _end_if_alone(self) -> None:
-        """`exit` in a cell ends the kernel unless somebody else watches it too."""
-        if self.channels.subscribers <= 1:
-            self.end("exit in a cell")
+    def _leave_if_alone(self) -> None:
+        """`exit` in a cell ends the kernel of a Jupyter manager, as its users expect, unless somebody else
+        watches too.  Our own frontend decides itself: whoever only joined a kernel leaves without it."""
+        if self.ends_on_exit and self.channels.subscribers <= 1:
+            self._leave_at = time.monotonic() + 0.1     # stock clients read replies only while the kernel lives
+            self.channels.call(lambda: None)
 
     def in_child(self) -> None:
         """In a child of fork: keep nothing that is the kernel's, and be ended by a signal as any child is."""
@@ -641,10 +660,6 @@ class Task:
         return True
 
 
-def drop_sigint(number: int, frame: Any) -> None:
-    """Ctrl-C while no user code runs: there is nothing to interrupt."""
-
-
 @functools.lru_cache(maxsize=None)
 def kernel_info() -> dict:
     """The content of kernel_info_reply; made without IPython, which may still be on its way."""
@@ -727,6 +742,7 @@ def parser() -> argparse.ArgumentParser:
 
 def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
     """Bind, announce, run, tidy up.  The connection file is written when everything listens, never before."""
+    is_given = bool(arguments.connection_file) and os.path.lexists(arguments.connection_file)
     path, info = choose_connection(arguments, settings)
     megabyte = 1 << 20
     limits = Limits(
@@ -743,6 +759,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         raise
     try:
         kernel = Kernel(channels, settings["kernel.completion_seconds"], arguments.orphan_timeout)
+        kernel.ends_on_exit = is_given and "twoproc_pid" not in info.extra      # a file that we wrote has it
         info = kernel.channels.info._replace(extra={**kernel.channels.info.extra, "twoproc_pid": os.getpid()})
 
         def tidy() -> None:
@@ -758,7 +775,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         connection.write_connection_file(path, info)
         if settings["kernel.publish_jupyter"]:
             connection.publish_to_jupyter(path, info)
-        if sys.stderr is not None and sys.stderr.isatty():
+        if not arguments.connection_file and sys.stderr is not None and sys.stderr.isatty():
             name = connection.kernel_name_of(path)
             print("kernel %s is ready; join it with  python -m %s.frontend --existing %s" % (name, __package__, name),
                   file=sys.stderr)
@@ -798,7 +815,7 @@ def set_signals(kernel: Kernel) -> None:
             return
         kernel.end(signal.Signals(number).name, 128 + number)
     end.is_ours = True      # type: ignore[attr-defined]    # for in_child
-    signal.signal(signal.SIGINT, drop_sigint)
+    signal.signal(signal.SIGINT, kernel.note_sigint)
     signal.signal(signal.SIGTERM, end)
     if hasattr(signal, "pthread_sigmask"):      # and where whoever started us blocked them, from a thread perhaps
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
