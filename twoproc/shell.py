@@ -151,6 +151,7 @@ class Interpreter:
             self.publish("stream", {"name": "stderr", "text": report})
         self._offer_loop(code)
         reply: dict = {"status": "ok"}
+        count = shell.execution_count
         try:
             result = run(lambda: shell.run_request(code, store_history=store_history, silent=silent, cell_id=cell_id))
             error = result.error_before_exec or result.error_in_exec
@@ -163,6 +164,8 @@ class Interpreter:
             # User code, or an interrupt between its frame and ours: told like any error of a cell.
             shell._showtraceback(type(error), error, describe(error)["traceback"])
             reply = {"status": "error", **describe(error), "user_expressions": {}}
+            if store_history and shell.execution_count == count:
+                shell.execution_count += 1      # its number was published, with its code
         reply["execution_count"] = shell.execution_count - 1
         reply["payload"] = shell.payload_manager.read_payload()
         if reply["payload"]:
