@@ -102,6 +102,8 @@ class Home:
             XDG_CONFIG_HOME=os.path.join(self.path, "config"),
             XDG_DATA_HOME=os.path.join(self.path, "data"),
             XDG_STATE_HOME=os.path.join(self.path, "state"),
+            # Where jedi keeps what it parsed: without it, each first completion takes seconds.
+            XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
             PYTHONPATH=os.path.join(self.path, "import"),
             PYTHONDONTWRITEBYTECODE="1",
         )
