@@ -78,7 +78,7 @@ def split_cells(source: str) -> list[str]:
     cells, begin = [], 0
     for node, following in zip(tree.body, [*tree.body[1:], None]):
         end = len(lines) if following is None else _first_line(following) - 1
-        if following is None or isinstance(node, ast.Expr) and end >= node.end_lineno:
+        if following is None or isinstance(node, ast.Expr) and end >= (node.end_lineno or end):
             cell = "\n".join(lines[begin:end])
             if cell.strip():
                 cells.append(cell)

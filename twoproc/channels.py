@@ -537,7 +537,8 @@ class KernelChannels:
         port = self.info.iopub_port if self.info.transport == "tcp" else self.info.url("iopub")[len("ipc://"):]
         for descriptor, name in _own_sockets():
             try:
-                if (name[1] if isinstance(name, tuple) else name) == port and any(ioctl(descriptor, TIOCOUTQ, bytes(4))):
+                here = name[1] if isinstance(name, tuple) else name
+                if here == port and any(ioctl(descriptor, TIOCOUTQ, bytes(4))):
                     return False
             except OSError:         # the listening socket
                 continue

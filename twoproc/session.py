@@ -160,7 +160,7 @@ def check_request(message: Message, channel: str) -> dict:
         raise BadMessage("%s belongs on %s, not on %s" % (message.msg_type, kind.channels[0], channel), message)
     content = dict(message.content)
     for name, field in kind.fields.items():
-        value = content.get(name)
+        value: Any = content.get(name)
         if value is None:
             if field.default is REQUIRED:
                 raise BadMessage("%s: content has no %r" % (message.msg_type, name), message)
@@ -168,10 +168,10 @@ def check_request(message: Message, channel: str) -> dict:
         elif type(value) is not field.kind or (field.choices and value not in field.choices):
             wanted = " or ".join(map(repr, field.choices)) or "a value of type " + field.kind.__name__
             raise BadMessage("%s: %s is %.60r, expected %s" % (message.msg_type, name, value, wanted), message)
-        elif field.kind is int and abs(value) >= 1 << 63:      # SQLite, and C behind many a function, ends there
+        elif isinstance(value, int) and abs(value) >= 1 << 63:      # SQLite, and C behind many a function, ends there
             raise BadMessage("%s: %s has more than 64 bits" % (message.msg_type, name), message)
-    cursor = content.get("cursor_pos")
-    if kind.fields is not None and "cursor_pos" in kind.fields and not 0 <= cursor <= len(content["code"]):
+    cursor: Any = content.get("cursor_pos")
+    if "cursor_pos" in kind.fields and not 0 <= cursor <= len(content["code"]):
         raise BadMessage("%s: cursor_pos is %d, expected 0 to %d, the length of the code"
                          % (message.msg_type, cursor, len(content["code"])), message)
     if message.msg_type == "history_request":
