@@ -162,6 +162,18 @@ class WhatElseAnInterruptDoes(InterruptCase):
         self.client.drain()
         self.assert_serves()
 
+    def test_one_that_comes_before_the_code_has_begun_is_not_lost(self):
+        """Everybody is told that the cell runs a moment before it does, and may answer at once."""
+        for interrupt in [self.by_message, self.by_signal] * support.rounds(30, 1000):
+            msg_id = self.client.send_execute("import time; time.sleep(60)")
+            running = self.client.wait_running(msg_id)
+            started = time.monotonic()
+            interrupt()
+            result = self.client.result(msg_id)
+            self.assertLess(time.monotonic() - started, SECONDS)
+            self.assertEqual(result.reply.content["ename"], "KeyboardInterrupt")
+            self.assertEqual(result.reply.content["execution_count"], running.content["execution_count"])
+
     def test_another_client_may_interrupt(self):
         other = self.kernel.client(self)
         msg_id = self.client.send_execute(CELLS["time.sleep"])

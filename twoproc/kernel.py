@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__package__)
 
+NUDGE_SECONDS = 0.1             # a cell that did not run for so long is blocked in a call
 GRACE = 1.0                     # seconds a running cell has to end when the kernel is told to
 EXIT_SECONDS = 2.0              # that functions registered with atexit have together
 EXIT_USAGE = 2
@@ -83,6 +84,12 @@ class Kernel:
         self._cells = 0
         self._runs_user_code = False
         self._interrupted: Message | None = None    # the cell that was interrupted before its code began
+        # See _nudge_if_blocked.  macOS has no clock for a thread, and SIGINT alone has to do.
+        self._main_clock = time.pthread_getcpuclockid(threading.get_ident()) \
+            if hasattr(time, "pthread_getcpuclockid") else None
+        self._main_used: float | None = None
+        self._nudge_at = 0.0
+        self._is_nudged = False
         self._cell_sigint: Any = signal.default_int_handler
         self.process = os.getpid()
         self._leads_group = hasattr(os, "getpgrp") and os.getpgrp() == os.getpid()
@@ -189,6 +196,26 @@ class Kernel:
         else:
             signal.raise_signal(signal.SIGINT)
 
+    def _nudge_if_blocked(self, now: float) -> None:
+        """Once for each time that the cell blocks: have main look for a signal that it got before.
+
+        A SIGINT that arrives while main waits for the interpreter lock is only noted, and the next look may
+        come after the call that then blocks: of 400 interrupts just after `execute_input`, 8 waited for the end
+        of time.sleep().  A second signal ends the system call, main looks, and goes on waiting if there was
+        nothing (PEP 475).  SIGURG, because whoever does not handle it never sees it.
+        """
+        if self._main_clock is None or now < self._nudge_at:
+            return
+        used, before = time.clock_gettime(self._main_clock), self._main_used
+        self._main_used, self._nudge_at = used, now + NUDGE_SECONDS
+        if before is None:          # what has run since is the look itself
+            return
+        if used != before:
+            self._is_nudged = False
+        elif not self._is_nudged and signal.getsignal(signal.SIGURG) is look_for_signals:
+            self._main_used, self._is_nudged = None, True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+
     def end(self, why: str, status: int = 0) -> None:
         """Have the kernel end: at once if idle, after the running cell was interrupted, or after GRACE."""
         if self.ending is None:
@@ -221,6 +248,7 @@ class Kernel:
             self.capture.shrink()
         if self.running is not None:
             waits.append(0.02)
+            self._nudge_if_blocked(now)
         if self._parent_pid and os.getppid() != self._parent_pid:
             self.end("its parent, process %d, has ended" % self._parent_pid)
         elif self._parent_pid:
@@ -803,6 +831,10 @@ def choose_connection(arguments: argparse.Namespace,
     return connection.new_connection(settings["kernel.transport"], arguments.name, path)
 
 
+def look_for_signals(number: int, frame: Any) -> None:
+    """The handler of SIGURG: that a signal came is all there is to it."""
+
+
 def set_signals(kernel: Kernel) -> None:
     """SIGINT is dropped until a cell runs, also where we inherited that it be ignored (`sh -c '... &'`).
 
@@ -816,6 +848,8 @@ def set_signals(kernel: Kernel) -> None:
         kernel.end(signal.Signals(number).name, 128 + number)
     end.is_ours = True      # type: ignore[attr-defined]    # for in_child
     signal.signal(signal.SIGINT, kernel.note_sigint)
+    if hasattr(signal, "SIGURG") and signal.getsignal(signal.SIGURG) is signal.SIG_DFL:
+        signal.signal(signal.SIGURG, look_for_signals)
     signal.signal(signal.SIGTERM, end)
     if hasattr(signal, "pthread_sigmask"):      # and where whoever started us blocked them, from a thread perhaps
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
