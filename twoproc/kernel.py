@@ -541,7 +541,7 @@ class Kernel:
     def _leave_if_alone(self) -> None:
         """`exit` in a cell ends the kernel of a Jupyter manager, as its users expect, unless somebody else
         watches too.  Our own frontend decides itself: whoever only joined a kernel leaves without it."""
-        if self.ends_on_exit and self.channels.subscribers <= 1:
+        if self.ends_on_exit and self.channels.subscribers <= 1 and self._leave_at is None:
             self._leave_at = time.monotonic() + 0.1     # stock clients read replies only while the kernel lives
             self.channels.call(lambda: None)
 
