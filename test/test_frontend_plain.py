@@ -183,10 +183,12 @@ class Scripts(PlainCase):
         self.assert_result(result, 2, "", "twoproc: cannot read nowhere.py: No such file or directory\n")
 
     def test_input_reads_stdin(self):
-        self.assert_result(self.run_it(self.write("ask.py", "print(input('? '))\n"), input="hello\n"), 0, "? hello\n", "")
+        path = self.write("ask.py", "print(input('? '))\n")
+        self.assert_result(self.run_it(path, input="hello\n"), 0, "? hello\n", "")
 
 
 class Ends(PlainCase):
+    SPIN = "import os\nprint(os.getpid(), flush=True)\nwhile True: pass"
 
     def test_a_kernel_killed_in_mid_script_is_status_70(self):
         result = self.run_it(input="print(1, flush=True)\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
@@ -214,8 +216,7 @@ class Ends(PlainCase):
         self.assert_no_kernel()
 
     def test_sigterm_ends_our_kernel_too(self):
-        process = support.Process(self, [*FRONTEND, "-c", "import os\nprint(os.getpid(), flush=True)\nwhile True: pass"],
-                                  home=self.home)
+        process = support.Process(self, [*FRONTEND, "-c", self.SPIN], home=self.home)
         pid = int(support.wait_until(lambda: process.output().strip()))
         os.kill(process.pid, signal.SIGTERM)
         self.assertEqual(process.wait(), 128 + signal.SIGTERM)
@@ -224,8 +225,7 @@ class Ends(PlainCase):
         self.assertNotIn("Traceback", process.log())
 
     def test_a_kernel_dies_with_us_when_we_are_killed(self):
-        process = support.Process(self, [*FRONTEND, "-c", "import os\nprint(os.getpid(), flush=True)\nwhile True: pass"],
-                                  home=self.home)
+        process = support.Process(self, [*FRONTEND, "-c", self.SPIN], home=self.home)
         pid = int(support.wait_until(lambda: process.output().strip()))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -300,7 +300,8 @@ class Options(PlainCase):
         self.assertRegex(result.stdout, r"(?m)^frontend\.colors = off +\(--set frontend\.colors\)$")
 
     def test_settings_reach_the_kernel_that_is_started(self):
-        code = "import glob, json, os\nprint(json.load(open(glob.glob(os.environ['TWOPROC_RUNTIME'] + '/kernels/*.json')[0]))['transport'])"
+        code = ("import glob, json, os\npath, = glob.glob(os.environ['TWOPROC_RUNTIME'] + '/kernels/*.json')\n"
+                "print(json.load(open(path))['transport'])")
         self.assert_result(self.run_it("--set", "kernel.transport=tcp", "-c", code), 0, "tcp\n", "")
 
     def test_version_and_help_are_answered_at_once(self):
@@ -380,7 +381,8 @@ class TheGate(unittest.TestCase):
     def test_what_makes_a_terminal_do_something_is_dropped(self):
         for dangerous in ("\x1b]52;c;eA==\x07", "\x1b]0;title\x07", "\x1b]2;title\x1b\\", "\x1bP1$r\x1b\\", "\x1b[c",
                           "\x1b[6n", "\x1b[?1049h", "\x1b[2;5r", "\x1b[500A", "\x1b[3J", "\x1bc", "\x1b(0", "\x07",
-                          "\x9b6n", "\x00", "\x7f", "\x1b_Gi=1\x1b\\", "\x1b^x\x1b\\", "\x1b[5;5H", "\x0e", "\x1b[8;1;1t"):
+                          "\x9b6n", "\x00", "\x7f", "\x1b_Gi=1\x1b\\", "\x1b^x\x1b\\", "\x1b[5;5H", "\x0e",
+                          "\x1b[8;1;1t"):
             with self.subTest(dangerous=dangerous):
                 shown = EscapeFilter().feed(f"a{dangerous}b")
                 self.assertNotRegex(shown, "[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -396,8 +398,10 @@ class TheGate(unittest.TestCase):
 
     def test_arbitrary_text_never_leaves_a_control_behind(self):
         random_source = random.Random(7)
-        pieces = ["\x1b", "[", "]", "8;;", "52;", "m", "31", ";", "\x07", "\\", "P", "x", "\n", "A", "99", "?", "\x9b", "\r"]
-        allowed = re.compile("\x1b\\[[0-9;:]*m|\x1b\\[[0-9]{0,2}[ABCDGK]|\x1b\\[[0-2]?J|\x1b\\]8;[^\x07\x1b]*(\x07|\x1b\\\\)")
+        pieces = ["\x1b", "[", "]", "8;;", "52;", "m", "31", ";", "\x07", "\\", "P", "x", "\n", "A", "99", "?", "\x9b",
+                  "\r"]
+        allowed = re.compile("\x1b\\[[0-9;:]*m|\x1b\\[[0-9]{0,2}[ABCDGK]|\x1b\\[[0-2]?J|"
+                             "\x1b\\]8;[^\x07\x1b]*(\x07|\x1b\\\\)")
         for _ in range(2000):
             gate = EscapeFilter()
             shown = "".join(gate.feed("".join(random_source.choices(pieces, k=8))) for _ in range(4))
@@ -438,7 +442,8 @@ class TextForAScreen(unittest.TestCase):
         self.assertEqual(text_of_html("a<br>b<ul><li>c</ul><pre>d\n e</pre>"), "a\nb\n- c\nd\n e")
 
     def test_rows_are_counted_as_a_terminal_counts(self):
-        for text, rows in (("", 0), ("a", 0), ("a\n", 1), ("a\nb", 1), ("x" * 80, 0), ("x" * 81, 1), ("x" * 81 + "\n", 2),
+        for text, rows in (("", 0), ("a", 0), ("a\n", 1), ("a\nb", 1), ("x" * 80, 0), ("x" * 81, 1),
+                           ("x" * 81 + "\n", 2),
                            ("日" * 41 + "\n", 2), ("\x1b[31m" + "x" * 80 + "\x1b[0m\n", 1), ("abc\rd\n", 1)):
             with self.subTest(text=text):
                 self.assertEqual(rows_below(text, 80), rows)
@@ -459,7 +464,8 @@ class TextForAScreen(unittest.TestCase):
         self.assertEqual(tail.take(), (2, "3\n4"))
 
     def test_images_that_are_broken_are_seen_to_be(self):
-        png = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==")
+        png = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAA"
+                               "AABJRU5ErkJggg==")
         encode = lambda content: {"image/png": base64.b64encode(content).decode()}
         self.assertEqual(image_in(encode(png)), ("image/png", png))
         for broken in (encode(png[:30]), encode(b""), {"image/png": "?"}, {"image/png": None}, {"image/png": 5}):
@@ -487,7 +493,8 @@ class CellsOfAFile(unittest.TestCase):
         self.assertEqual(split_cells("a; b\nc\n"), ["a; b", "c\n"])
 
     def test_no_line_is_lost(self):
-        source = "# first\n'''doc'''\n\nx = (1,\n 2)\nx; y = 3\nif x:\n    %time y\n!ls\nz = '''\n%not magic\n'''\nz\n# last\n"
+        source = "# first\n'''doc'''\n\nx = (1,\n 2)\nx; y = 3\nif x:\n    %time y\n!ls\n"
+        source += "z = '''\n%not magic\n'''\nz\n# last\n"
         self.assertEqual("\n".join(split_cells(source)), source)
 
     def test_what_cannot_be_parsed_is_one_cell(self):

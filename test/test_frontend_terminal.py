@@ -622,9 +622,12 @@ class Deaths(TerminalCase):
                 begin = time.monotonic()
                 terminal.wait(f" died: {cause}")
                 self.assertLess(time.monotonic() - begin, 2)
+                terminal.send(" on")        # typing is not disturbed, and is no answer
+                terminal.wait(lambda lines: lines[-1] == "In [2]: half typed on" or "no kernel" in lines[-1])
+                terminal.send(ENTER)
                 terminal.wait("[r]estart [n]ew kernel [q]uit:")
                 terminal.send("r")
-                terminal.wait(lambda lines: lines[-1] == "In [1]: half typed")
+                terminal.wait(lambda lines: lines[-1] == "In [1]: half typed on")
                 terminal.send(CTRL_C)
                 terminal.run("5", 1)
 

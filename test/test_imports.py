@@ -36,12 +36,12 @@ ROOMS = {
     "cells": ("", ""),
     "screen": ("", ""),
     "painter": ("session screen", ""),
-    "terminal": ("client launcher connection session cells screen painter start",
-                 "prompt_toolkit pygments ipython_pygments_lexers"),
+    "prompt": ("client connection cells", "prompt_toolkit pygments ipython_pygments_lexers"),
+    "terminal": ("client launcher connection session screen painter prompt start", "prompt_toolkit"),
     "frontend": ("client launcher connection config session cells screen painter start terminal", "IPython"),
 }
 KERNEL_SIDE = {"shell", "history", "completion", "comms", "streams", "kernel"}
-CLIENT_SIDE = {"client", "launcher", "start", "cells", "screen", "painter", "terminal", "frontend"}
+CLIENT_SIDE = {"client", "launcher", "start", "cells", "screen", "painter", "prompt", "terminal", "frontend"}
 # `kernel --install-kernelspec` is a command that starts no kernel; a running one never loads the launcher.
 NEIGHBOURS = {("kernel", "launcher")}
 HEAVY = ("zmq", "IPython", "prompt_toolkit", "traitlets", "jupyter_client", "ipykernel", "tornado")

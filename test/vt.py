@@ -29,8 +29,9 @@ KEYS = {"up": "\x1b[A", "down": "\x1b[B", "right": "\x1b[C", "left": "\x1b[D"}
 class Screen:
     """Rows of characters and a cursor; `feed` does what a terminal would do."""
 
-    _TOKEN = re.compile("\x1b\\[([?>=]?)([0-9;]*)([ -/]*[@-~])|\x1b\\]([^\x07\x1b]*)(?:\x07|\x1b\\\\)|\x1b([ -/]*[0-~])|(.)",
-                        re.S)
+    _TOKEN = re.compile("\x1b\\[([?>=]?)([0-9;]*)([ -/]*[@-~])|\x1b\\]([^\x07\x1b]*)(?:\x07|\x1b\\\\)"
+                        "|\x1b([ -/]*[0-~])|(.)", re.S)
+    _WHOLE = re.compile("\x1b(\\[[?>=]?[0-9;]*[ -/]*[@-~]|\\][^\x07\x1b]*\x07|\\\\|[ -/]*[0-OQ-WYZ`-~=>])")
 
     def __init__(self, columns, rows, answer):
         self.columns, self.rows, self.answer = columns, rows, answer
@@ -48,7 +49,7 @@ class Screen:
         # An escape sequence cut in two is completed by the next piece.
         cut = text.rfind("\x1b")
         tail = text[cut:] if cut >= 0 else ""
-        is_cut = tail and not re.match("\x1b(\\[[?>=]?[0-9;]*[ -/]*[@-~]|\\][^\x07\x1b]*\x07|\\\\|[ -/]*[0-OQ-WYZ`-~=>])", tail)
+        is_cut = tail and not self._WHOLE.match(tail)
         self._rest = tail if is_cut and len(tail) < 5000 else ""
         for token in self._TOKEN.finditer(text[:cut] if self._rest else text):
             private, numbers, final, osc, escape, character = token.groups()
@@ -206,7 +207,7 @@ class Terminal:
             if left <= 0:
                 raise support.DeadlineError(f"not on the screen within {deadline} s: {wanted}\n" + self.show())
             if not self.read(min(left, 0.5)) and not self.is_alive:
-                raise support.DeadlineError(f"the program ended before this was on the screen: {wanted}\n" + self.show())
+                raise support.DeadlineError(f"ended before this was on the screen: {wanted}\n" + self.show())
 
     def wait_gone(self, text, deadline=support.DEADLINE):
         return self.wait(lambda lines: text not in "\n".join(lines), deadline)

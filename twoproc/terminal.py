@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import json
 import os
 import queue
 import re
@@ -32,29 +31,20 @@ import sys
 import threading
 import time
 from typing import Any
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
-from prompt_toolkit.completion import Completer, Completion, ThreadedCompleter
 from prompt_toolkit.document import Document
-from prompt_toolkit.enums import DEFAULT_BUFFER, EditingMode
-from prompt_toolkit.filters import (Condition, emacs_insert_mode, has_completions, has_focus, has_selection,
-                                    vi_insert_mode, vi_navigation_mode)
-from prompt_toolkit.formatted_text import ANSI, FormattedText
-from prompt_toolkit.history import History, InMemoryHistory
+from prompt_toolkit.formatted_text import ANSI
+from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
-from prompt_toolkit.key_binding.vi_state import InputMode
-from prompt_toolkit.layout.processors import Processor, Transformation
-from prompt_toolkit.lexers import DynamicLexer, Lexer, PygmentsLexer, SimpleLexer
-from prompt_toolkit.output import ColorDepth
-from prompt_toolkit.styles import Style
+from prompt_toolkit.lexers import Lexer
 
 from . import connection, screen
-from .cells import check_complete
 from .client import Client, KernelDied
 from .launcher import LaunchError
 from .painter import Painter
+from .prompt import Invisible, Prompt, lexer_of
 from .session import Message
 from .start import banner, join_command, kernel_lines
 
@@ -98,102 +88,6 @@ class Inbox:
         return self.get(0) if not self._items.empty() else []
 
 
-class SavedHistory(History):
-    """Earlier inputs, in a file of the user's own (0600), one JSON string a line; and those of the kernel."""
-
-    def __init__(self, path: str | None, limit: int):
-        super().__init__()
-        self._path, self._limit = path, limit
-
-    def load_history_strings(self) -> Iterable[str]:
-        lines: list[str] = []
-        if self._path:
-            with contextlib.suppress(OSError), open(self._path, encoding="utf-8", errors="replace") as file:
-                lines = file.readlines()[-self._limit:]
-        entries: dict[str, None] = {}
-        for line in reversed(lines):
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, str):
-                    entries.setdefault(entry)
-        return list(entries)
-
-    def store_string(self, string: str) -> None:
-        if self._path is None:
-            return
-        try:
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-            with os.fdopen(fd, "w", encoding="ascii") as file:
-                file.write(json.dumps(string) + "\n")
-        except OSError:
-            self._path = None       # a full or read-only disk: the session goes on with what is in memory
-
-    def append_string(self, string: str) -> None:
-        if not self._loaded_strings or self._loaded_strings[0] != string:
-            super().append_string(string)
-
-    def merge(self, entries: list[str]) -> None:
-        """Older inputs, the oldest first, that the kernel remembers."""
-        if not self._loaded:
-            self._loaded_strings, self._loaded = list(self.load_history_strings()), True
-        known = set(self._loaded_strings)
-        self._loaded_strings += list(dict.fromkeys(entry for entry in reversed(entries) if entry not in known))
-
-
-def history_path() -> str | None:
-    """<state folder>/history, the folder made; None where it cannot be kept."""
-    base = os.environ.get("TWOPROC_STATE")
-    if not base:
-        state = os.environ.get("XDG_STATE_HOME", "")
-        base = os.path.join(state if os.path.isabs(state) else os.path.expanduser("~/.local/state"), "twoproc")
-    try:
-        os.makedirs(base, mode=0o700, exist_ok=True)
-        connection.private_folder(base)
-    except (OSError, connection.ConnectionFileError):
-        return None
-    return os.path.join(base, "history")
-
-
-class KernelCompleter(Completer):
-    """Asks the kernel, in a thread, for a limited time; late answers find nobody."""
-
-    def __init__(self, terminal: Terminal):
-        self.terminal = terminal
-
-    def get_completions(self, document, complete_event):
-        terminal = self.terminal
-        if terminal.client is None:
-            return
-        # The limit is for a kernel that has something else to do; one at rest may be loading its completer.
-        is_busy = terminal.client.execution_state == "busy"
-        try:
-            content = terminal.client.complete(
-                document.text, document.cursor_position,
-                timeout=terminal.settings["frontend.complete_seconds"] if is_busy else 3.0).content
-        except (TimeoutError, KernelDied, OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, TimeoutError):
-                terminal.inbox.put("note", "kernel busy")
-            return
-        start, end = content.get("cursor_start"), content.get("cursor_end")
-        if content.get("status") != "ok" or type(start) is not int or type(end) is not int:
-            return
-        types = (content.get("metadata") or {}).get("_jupyter_types_experimental") or []
-        kinds = {entry.get("text"): str(entry.get("type") or "") for entry in types if isinstance(entry, dict)}
-        typed = document.text[start:document.cursor_position]
-        shown_from = typed.rfind(".") + 1
-        for match in content.get("matches") or []:
-            kind = kinds.get(match, "")
-            yield Completion(match, start - document.cursor_position, display=match[shown_from:] or match,
-                             display_meta="" if kind == "<unknown>" else kind)
-
-
-class Invisible(Processor):
-    """A password: neither its characters nor their number."""
-
-    def apply_transformation(self, transformation_input):
-        return Transformation([], source_to_display=lambda i: 0, display_to_source=lambda i: 0)
-
-
 class Cell:
     """Our request that runs, or waits its turn."""
 
@@ -223,28 +117,26 @@ class Terminal:
         self.inbox = Inbox()
         self.client: Client | None = None
         self.exit_code: int | None = None
-        self.count = 1                      # the number in the prompt
-        self.language = "python"
         self.cell: Cell | None = None
         self.busy: tuple[str, str, Any, float] | None = None    # msg_id, who, count, since: somebody else's cell
         self.others: dict[str, tuple[str, float]] = {}          # session -> name, when last heard of
         self.died: str | None = None        # the cause, from the death of the kernel until it is replaced
         self.lost = ""                      # what else to say about it
-        self.note = ""                      # a word in the toolbar, gone with the next key
+        self._is_death_told = False
         self.next_input: Document | None = None
         self.actions: list[Callable[[], None]] = []     # what main does next, instead of asking for input
         self.connect_error: Exception | None = None
         self.is_settled = False             # the kernel was found, or was not
-        self._is_away = False               # an editor or a pager has the screen
+        self._early: list[tuple[Client, Message]] = []      # heard before the client was ready
+        self._interrupts = self._interrupts_forgotten = 0   # SIGINTs; those up to this one were for somebody else
         self._app: Any = None
         colors = settings["frontend.colors"] != "off" and not os.environ.get("NO_COLOR")
         images = screen.image_protocol(dict(os.environ)) if settings["frontend.images"] == "auto" else None
-        self.painter = Painter(colors, lambda: tuple(shutil.get_terminal_size()), images,
+        self.painter = Painter(colors, shutil.get_terminal_size, images,
                                settings["frontend.raw_escapes"], settings["frontend.other_output"])
-        self.history = SavedHistory(history_path(), settings["frontend.history_lines"])
         self.answers = InMemoryHistory()
-        self.lexer: Lexer = SimpleLexer()
-        self.session = self._make_session(colors)
+        self.prompt = Prompt(settings, colors, lambda: None if self.died is not None else self.client, self.inbox.put)
+        self.session = self.prompt.session
 
     @property
     def process(self) -> Any:
@@ -268,7 +160,7 @@ class Terminal:
             # Somebody else's kernel: its prompt number is worth waiting for; one that is slow is not.
             self.pump_until(lambda: self.is_settled, 1.0)
         if self.source is not None and self._wait_client():
-            if self.language == "python":
+            if self.prompt.language == "python":
                 self.client.execute(self.source.prelude(), silent=True)
             self.run_cell(self.source.code)
         while self.exit_code is None:
@@ -284,7 +176,10 @@ class Terminal:
         return self.exit_code
 
     def _catch_signals(self) -> None:
-        signal.signal(signal.SIGINT, lambda *_: self.inbox.put("interrupt"))
+        def interrupt(*_: Any) -> None:
+            self._interrupts += 1
+            self.inbox.put("interrupt", self._interrupts)
+        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGQUIT, lambda *_: self.inbox.put("detach"))
         # The kernel outlives a lost terminal: losing work is worse than an orphan, and --list shows it.
         signal.signal(signal.SIGTERM, lambda *_: self.inbox.put("detach"))
@@ -294,7 +189,7 @@ class Terminal:
         if self.client is not None:
             self.client.close(0.5)
         self.client, self.connect_error, self.died, self.busy = None, None, None, None
-        self.count, self.is_settled = 1, False
+        self.prompt.count, self.is_settled = 1, False
         self.others.clear()
         threading.Thread(target=self._connect, args=(self.start,), name="twoproc-connect", daemon=True).start()
 
@@ -311,7 +206,7 @@ class Terminal:
                     entries = client.history("range", session=0, start=1, timeout=1.0).content.get("history") or []
                     self.inbox.put("count", client, max((entry[1] for entry in entries), default=0) + 1)
             self.inbox.put("ready", start, client, info)
-            self.inbox.put("lexer", _lexer_of(info.get("language_info") or {}))
+            self.inbox.put("lexer", lexer_of(info.get("language_info") or {}))
             with contextlib.suppress(TimeoutError):
                 entries = client.history("tail", n=1000, timeout=2.0).content.get("history") or []
                 self.inbox.put("history", [entry[2] for entry in entries])
@@ -351,6 +246,8 @@ class Terminal:
                     if message.msg_type == "status" and self._is_mine(message):
                         self.painter.show(messages)
                         messages = []
+                elif self.client is None:
+                    self._early.append((client, message))
                 continue
             self.painter.show(messages)
             messages = []
@@ -377,12 +274,15 @@ class Terminal:
         if message.msg_type == "execute_input":
             count = message.content.get("execution_count")
             if type(count) is int:
-                self.count = count + 1
+                self.prompt.count = count + 1
             if self._is_mine(message):
                 self.cell.count = count
             elif who is not None:
                 self.busy = str(parent.get("msg_id")), who, count, time.monotonic()
                 self._refresh()
+        elif state == "busy" and who is not None and parent.get("msg_type") == "execute_request":
+            if self.busy is None or self.busy[0] != parent.get("msg_id"):
+                self.busy = str(parent.get("msg_id")), who, "?", time.monotonic()
         elif state == "idle":
             if self._is_mine(message):
                 self.cell.is_idle = True
@@ -396,8 +296,12 @@ class Terminal:
             client.close(0)
             return
         self.client, self.is_settled = client, True
+        for other, message in self._early:
+            if other is client:
+                self._note_message(message)
+        self._early.clear()
         language = info.get("language_info") or {}
-        self.language = str(language.get("name") or "python").lower()
+        self.prompt.language = str(language.get("name") or "python").lower()
 
     def handle_failed(self, start: Any, error: Exception) -> None:
         if start is self.start and self.client is None:
@@ -405,18 +309,23 @@ class Terminal:
             self._interrupt_prompt(self._choose_after_failure)
 
     def handle_lexer(self, lexer: Lexer) -> None:
-        self.lexer = lexer
+        self.prompt.lexer = lexer
         self._refresh()
 
     def handle_count(self, client: Client, count: int) -> None:
         if self.client in (None, client):
-            self.count = max(self.count, count)
+            self.prompt.count = max(self.prompt.count, count)
 
     def handle_history(self, entries: list) -> None:
-        self.history.merge([entry for entry in entries if isinstance(entry, str)])
+        self.prompt.history.merge([entry for entry in entries if isinstance(entry, str)])
+
+    def handle_come_back(self, text: str) -> None:
+        """From the editor; what was said meanwhile is shown now."""
+        if text:
+            self.painter.say(text)
 
     def handle_note(self, text: str) -> None:
-        self.note = text
+        self.prompt.note = text
         self._refresh()
 
     def handle_message(self, message: Message) -> None:
@@ -425,12 +334,13 @@ class Terminal:
             return
         if message.msg_type == "execute_reply":
             self.cell.reply, self.cell.replied_at = message, time.monotonic()
+            self._end_question()
         elif message.msg_type == "input_request":
             self.actions.append(self._answer)
 
-    def handle_interrupt(self) -> None:
+    def handle_interrupt(self, number: int) -> None:
         """SIGINT: Ctrl-C while no prompt is up, or sent by somebody."""
-        if self.cell is not None and self._app is None:
+        if self.cell is not None and self._app is None and number > self._interrupts_forgotten:
             self._interrupt_cell()
 
     def handle_detach(self) -> None:
@@ -440,18 +350,24 @@ class Terminal:
     def handle_died(self, client: Client) -> None:
         if client is not self.client or self.died is not None:
             return
-        self.died = client.died.cause if client.died else "unknown cause"
+        self.died, self._is_death_told = client.died.cause if client.died else "unknown cause", False
         self.busy = None
         if self.cell is not None:
             self.cell.lost = self.died
-        self._interrupt_prompt(self._choose_after_death)
+            self._end_question()
+        elif self._app is self.session.app and self.session.default_buffer.text.strip():
+            # Who is typing goes on typing; a key would else be taken for an answer.
+            self._tell_death()
+        else:
+            self._interrupt_prompt(self._choose_after_death)
 
     def handle_alive(self, client: Client) -> None:
         """A successor answers at the same address."""
         if client is self.client and self.died is not None:
             self.died = None
-            self.count = 1
+            self.prompt.count = 1
             self.painter.say("kernel %s is back" % self.name)
+            self._end_question()
             self._refresh()
 
     # -- a prompt, with the inbox behind it
@@ -474,7 +390,7 @@ class Terminal:
             def drain() -> None:
                 nonlocal is_scheduled, drawn_at
                 is_scheduled = False
-                if self._app is not None and self._app.is_running and not self._app.is_done and not self._is_away:
+                if self._app is not None and self._app.is_running and not self._app.is_done and not self.prompt.is_away:
                     self._drain_above_prompt()
                     drawn_at = loop.time()
 
@@ -491,7 +407,7 @@ class Terminal:
 
             def tick() -> None:
                 """Every second: the time in the toolbar, half lines that have waited long enough."""
-                if self.painter.has_unfinished_lines and not self._is_away:
+                if self.painter.has_unfinished_lines and not self.prompt.is_away:
                     self.painter.flush_old_lines()
                     self._draw_above_prompt()
                 if self._update_toolbar():
@@ -539,6 +455,11 @@ class Terminal:
                 self._app.renderer.erase()
             app.exit(result=None)
 
+    def _end_question(self) -> None:
+        """Nobody waits for the answer any more."""
+        if self._app is not None and self._app is not self.session.app:
+            self._interrupt_prompt(None)
+
     def _refresh(self) -> None:
         if self._app is not None and self._app is self.session.app:
             self._app.invalidate()
@@ -554,13 +475,14 @@ class Terminal:
         if self.busy is not None:
             _, who, count, since = self.busy
             parts.append("busy: %s In [%s] %d:%02d" % (who, count, *divmod(int(time.monotonic() - since), 60)))
-        if self.note:
-            parts.append(self.note)
+        if self.prompt.note:
+            parts.append(self.prompt.note)
         self.session.bottom_toolbar = " " + "   ".join(parts) if parts else None
         return bool(before or parts)
 
     def _write(self, text: str) -> None:
         """The only place that writes to the screen beside prompt_toolkit."""
+        interrupts = self._interrupts
         for at in range(0, len(text), WRITE_CHARS):
             try:
                 sys.stdout.write(text[at:at + WRITE_CHARS])
@@ -569,18 +491,11 @@ class Terminal:
                 encoding = sys.stdout.encoding or "ascii"
                 sys.stdout.write(text[at:at + WRITE_CHARS].encode(encoding, "backslashreplace").decode(encoding))
                 sys.stdout.flush()
-            if at and self.cell is not None and self._app is None and self._has_interrupt():
+            if at and self._interrupts > interrupts and self.cell is not None and self._app is None:
                 # The user wants this to end: neither the rest of this piece nor what comes behind it.
                 self._write("\x1b[0m\n" + self.painter.dim("... %s characters not shown\n" % format(
                     max(0, len(text) - at - WRITE_CHARS), ",")))
                 return
-
-    def _has_interrupt(self) -> bool:
-        """Was Ctrl-C pressed since the inbox was last emptied?"""
-        items = self.inbox.get_nowait()
-        for item in items:
-            self.inbox.put(*item)
-        return any(item[0] == "interrupt" for item in items)
 
     # -- asking for a cell
 
@@ -597,124 +512,13 @@ class Terminal:
             self.leave(asks=True)
             return None
 
-    def _make_session(self, colors: bool) -> PromptSession:
-        options = {"color_depth": ColorDepth.DEPTH_4_BIT if colors else ColorDepth.DEPTH_1_BIT}
-        return PromptSession(
-            message=self._message, prompt_continuation=self._continuation, multiline=True,
-            editing_mode=EditingMode.VI if self.settings["frontend.editing"] == "vi" else EditingMode.EMACS,
-            history=self.history, auto_suggest=AutoSuggestFromHistory(), enable_history_search=True,
-            completer=ThreadedCompleter(KernelCompleter(self)), complete_while_typing=False,
-            lexer=DynamicLexer(lambda: self.lexer), style=_style(self.settings["frontend.colors"]) if colors else None,
-            include_default_pygments_style=False, key_bindings=self._keys(), enable_suspend=True, **options)
-
-    def _message(self) -> FormattedText:
-        mode: list = []
-        if self.session.editing_mode == EditingMode.VI:
-            is_navigation = self.session.app.vi_state.input_mode == InputMode.NAVIGATION
-            mode = [("class:prompt", "[nav] " if is_navigation else "[ins] ")]
-        return FormattedText([*mode, ("class:prompt", "In ["), ("class:prompt.number", str(self.count)),
-                              ("class:prompt", "]: ")])
-
-    def _continuation(self, width: int, line_number: int, is_soft_wrap: bool) -> FormattedText:
-        return FormattedText([("class:prompt", ("" if is_soft_wrap else "...: ").rjust(width))])
-
-    def _keys(self) -> KeyBindings:
-        keys = KeyBindings()
-        is_typing = has_focus(DEFAULT_BUFFER) & (vi_insert_mode | emacs_insert_mode)
-
-        @keys.add("enter", filter=has_focus(DEFAULT_BUFFER) & ~has_selection & (is_typing | vi_navigation_mode))
-        def _enter(event: Any) -> None:
-            self._enter(event.current_buffer)
-
-        @keys.add("escape", "enter", filter=is_typing)
-        def _run_as_it_is(event: Any) -> None:
-            event.current_buffer.validate_and_handle()
-
-        @keys.add("c-o", filter=is_typing)
-        def _new_line(event: Any) -> None:
-            event.current_buffer.insert_text("\n")
-
-        @keys.add("tab", filter=is_typing & ~has_selection & Condition(self._is_in_indentation))
-        def _indent(event: Any) -> None:
-            column = event.current_buffer.document.cursor_position_col
-            event.current_buffer.insert_text(" " * (4 - column % 4))
-
-        @keys.add("escape", filter=has_completions & is_typing, eager=True)
-        def _close_menu(event: Any) -> None:
-            event.current_buffer.cancel_completion()
-
-        @keys.add("c-x", "c-e", filter=emacs_insert_mode & has_focus(DEFAULT_BUFFER))
-        @keys.add("v", filter=vi_navigation_mode & has_focus(DEFAULT_BUFFER))
-        def _edit(event: Any) -> None:
-            self._is_away = True
-            task = event.current_buffer.open_in_editor()
-            task.add_done_callback(self._come_back)
-
-        @keys.add("c-\\")
-        def _detach(event: Any) -> None:
-            self.handle_detach()
-
-        return keys
-
-    def _come_back(self, task: Any) -> None:
-        self._is_away = False
-        if not task.cancelled() and task.exception() is not None:
-            self.painter.say("the editor could not be run: %s" % task.exception())
-        if self._app is not None and self.inbox.wake is not None:
-            self.inbox.wake()
-
-    def _is_in_indentation(self) -> bool:
-        document = self.session.default_buffer.document
-        return not document.current_line_before_cursor.strip() and self.session.default_buffer.complete_state is None
-
-    def _enter(self, buffer: Any) -> None:
-        """Run the cell, or begin another line of it."""
-        if buffer.complete_state is not None:
-            if buffer.complete_state.current_completion is not None:
-                buffer.apply_completion(buffer.complete_state.current_completion)
-            else:
-                buffer.cancel_completion()
-            return
-        document = buffer.document
-        is_at_end = not document.text_after_cursor.strip() or document.line_count == 1
-        if not is_at_end:
-            buffer.insert_text("\n" + _indentation_of(document.current_line_before_cursor))
-            return
-        text = document.text
-        status, indent = self._check_complete(text.rstrip() + "\n" if _ends_empty(text) else text)
-        if status == "incomplete":
-            buffer.cursor_position = len(document.text)
-            buffer.insert_text("\n" + indent)
-        else:
-            if "\n" in text:
-                buffer.document = Document(text.rstrip())
-            self.note = ""
-            buffer.validate_and_handle()
-
-    def _check_complete(self, text: str) -> tuple[str, str]:
-        """Ask the kernel, but for a short time only, and only where we cannot know."""
-        if not text.strip() or text.startswith(self.settings["frontend.command_prefix"]):
-            return "complete", ""
-        is_python = self.language == "python"
-        local = check_complete(text) if is_python else ("complete", "")
-        if self.client is None or self.died is not None or is_python and local[0] == "incomplete":
-            return local
-        try:
-            content = self.client.is_complete(text, timeout=self.settings["frontend.is_complete_seconds"]).content
-        except (TimeoutError, KernelDied, OSError, ValueError, RuntimeError):
-            return local
-        status = content.get("status")
-        if status == "incomplete":
-            return "incomplete", str(content.get("indent") or "")
-        return ("complete", "") if status in ("complete", "invalid") else local
-
     # -- running a cell
 
     def submit(self, text: str) -> None:
         prefix = self.settings["frontend.command_prefix"]
         if text.startswith(prefix):
             self.command(text[len(prefix):].strip())
-        elif self.language == "python" and _LEAVING.fullmatch(text.strip()):
+        elif self.prompt.language == "python" and _LEAVING.fullmatch(text.strip()):
             # Not sent: a kernel that is not ours would end by it, for everybody.
             self.leave(asks=False, keeps="keep" in text)
         else:
@@ -725,7 +529,7 @@ class Terminal:
         if self.client is None and not self._wait_client():
             return
         if self.died is not None:
-            self.next_input = Document(text)
+            self.next_input = _at_end(text)
             self._choose_after_death()
             return
         if self.busy is not None:
@@ -735,10 +539,9 @@ class Terminal:
         try:
             self.cell = cell = Cell(self.client.submit("execute_request", {
                 "code": text, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": True,
-                "stop_on_error": True}, on_message=self._hear), None if self.busy else self.count)
+                "stop_on_error": True}, on_message=self._hear), None if self.busy else self.prompt.count)
         except KernelDied as died:
-            self.died = died.cause
-            self.next_input = Document(text)
+            self.died, self._is_death_told, self.next_input = died.cause, False, _at_end(text)
             self._choose_after_death()
             return
         self.painter.is_muffled = False
@@ -754,9 +557,10 @@ class Terminal:
                 self.next_input = _at_end(text)
             else:
                 self.lost = " while running In [%s], which is lost" % cell.count
+            self._choose_after_death()
         elif cell.reply is not None:
             if type(cell.reply.content.get("execution_count")) is int:
-                self.count = max(self.count, cell.reply.content["execution_count"] + 1)
+                self.prompt.count = max(self.prompt.count, cell.reply.content["execution_count"] + 1)
             self._handle_payload(cell.reply.content.get("payload"))
 
     def _hear(self, message: Message) -> None:
@@ -927,9 +731,7 @@ class Terminal:
 
     def _forget_interrupts(self) -> None:
         """Ctrl-C in a pager or an editor was for them."""
-        for item in self.inbox.get_nowait():
-            if item[0] != "interrupt":
-                self.inbox.put(*item)
+        self._interrupts_forgotten = self._interrupts
 
     # -- commands to the frontend
 
@@ -1071,21 +873,27 @@ class Terminal:
 
     # -- death
 
+    def _tell_death(self) -> None:
+        if self.died is None or self._is_death_told:
+            return
+        self._is_death_told = True
+        is_wanted = self.died.startswith(("shut down", "restarted"))
+        self.painter.say("kernel %s%s %s%s" % (self.name, "" if is_wanted else " died:", self.died, self.lost))
+        self.lost = ""
+        for line in self.process.last_words() if self.process is not None and not is_wanted else []:
+            self.painter.say("  " + screen.without_escapes(line))
+
     def _choose_after_death(self) -> None:
+        self._tell_death()
+        if self.died is not None and self.died.startswith("restarted"):
+            # Somebody starts it again: its successor answers in a moment.
+            self.pump_until(lambda: self.died is None, 10.0)
         if self.died is None:
             return
-        is_told = self.died.startswith(("shut down", "restarted"))
-        self.painter.say("kernel %s%s %s%s" % (self.name, "" if is_told else " died:", self.died, self.lost))
-        self.lost = ""
-        if self.died.startswith("restarted"):
-            # Somebody starts it again: its successor answers in a moment.
-            if self.pump_until(lambda: self.died is None, 10.0):
-                return
-        for line in self.process.last_words() if self.process is not None and not is_told else []:
-            self.painter.say("  " + screen.without_escapes(line))
-        letters = "rnq" if self.process is not None else "nq"
-        choice = self.choose("%s[n]ew kernel [q]uit: " % ("[r]estart " if self.process is not None else ""),
-                             letters, "q")
+        choice = self.choose("[r]estart [n]ew kernel [q]uit: " if self.process is not None else "[n]ew kernel [q]uit: ",
+                             "rnq" if self.process is not None else "nq", "q")
+        if self.died is None:       # it came back while the user was thinking
+            return
         if choice == "r":
             self._restart()
         elif choice == "n":
@@ -1124,50 +932,5 @@ class _Found:
         return self.connection_file
 
 
-def _ends_empty(text: str) -> bool:
-    return "\n" in text and not text.rpartition("\n")[2].strip()
-
-
-def _indentation_of(line: str) -> str:
-    return line[:len(line) - len(line.lstrip())]
-
-
 def _at_end(text: str) -> Document:
     return Document(text, len(text))
-
-
-def _lexer_of(language: dict) -> Lexer:
-    """The lexer that the kernel recommends; plain text if pygments does not know it."""
-    wanted = language.get("pygments_lexer") or language.get("name") or "python"
-    if isinstance(wanted, dict):
-        wanted = wanted.get("name", "text")
-    try:
-        if wanted in ("ipython3", "ipython", "python", "python3"):
-            # By name pygments would look through all installed packages for it.
-            try:
-                from ipython_pygments_lexers import IPython3Lexer as found
-            except ImportError:     # IPython before 9
-                from pygments.lexers.python import PythonLexer as found
-            return PygmentsLexer(found)
-        from pygments.lexers import get_lexer_by_name
-        return PygmentsLexer(type(get_lexer_by_name(str(wanted))))
-    except Exception:       # ClassNotFound, and whatever a foreign plug-in does as it is imported
-        return SimpleLexer()
-
-
-def _style(colors: str) -> Style:
-    """The sixteen colours of the terminal's own theme, so that it decides what they look like."""
-    string, comment, function = {
-        "light": ("ansired", "ansigray", "ansiblue"),
-        "dark": ("ansiyellow", "ansibrightblack", "ansibrightblue"),
-    }.get(colors, ("ansiyellow", "ansibrightblack", "ansiblue"))
-    return Style.from_dict({
-        "prompt": "ansigreen", "prompt.number": "ansibrightgreen bold",
-        "pygments.keyword": "ansigreen", "pygments.keyword.constant": "ansigreen",
-        "pygments.operator.word": "ansimagenta", "pygments.literal.string": string,
-        "pygments.literal.number": "ansicyan", "pygments.comment": comment,
-        "pygments.name.function": function, "pygments.name.class": function, "pygments.name.decorator": "ansimagenta",
-        "pygments.name.builtin": "ansicyan", "pygments.name.exception": "ansired", "pygments.error": "ansired",
-        "auto-suggestion": "ansibrightblack",
-        "bottom-toolbar": "noreverse ansibrightblack", "bottom-toolbar.text": "",
-    })
