@@ -610,6 +610,14 @@ class ThePainter(unittest.TestCase):
         self.assertEqual(text.splitlines()[0], "... 901 lines not shown")
         self.assertEqual(text.splitlines()[-2:], ["999", "KeyboardInterrupt"])
 
+    def test_an_image_is_drawn_where_the_terminal_can(self):
+        png = (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(4000) + b"IEND" + bytes(4))
+        data = {"image/png": base64.b64encode(png).decode(), "text/plain": "<Figure>"}
+        for protocol, begin in (("kitty", "\x1b_Ga=T,f=100,m=1;"), ("iterm2", "\x1b]1337;File=inline=1;size=4024:")):
+            with self.subTest(protocol=protocol):
+                self.painter.images = protocol
+                self.assertTrue(self.say("display_data", data=data).startswith(begin))
+
     def test_messages_of_any_shape_are_survived(self):
         for msg_type in ("stream", "display_data", "execute_result", "error", "update_display_data", "execute_input",
                          "clear_output", "status", "comm_msg", "no_such"):

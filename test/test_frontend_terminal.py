@@ -84,7 +84,11 @@ class OneTerminal(TerminalCase):
         self.number = self.ready()
 
     def start_shared(self):
-        terminal = self.start("--quiet", case=type(self))
+        editor = os.path.join(self.home.path, "adding-editor")
+        with open(editor, "w") as file:
+            file.write("#!/bin/sh\nfor file; do :; done\necho 'edited = 4' >> \"$file\"\n")
+        os.chmod(editor, 0o700)
+        terminal = self.start("--quiet", case=type(self), EDITOR=editor, VISUAL=editor)
         terminal.prompt(1)
         terminal.send("from helper import *\r")
         terminal.prompt(2)
@@ -349,6 +353,24 @@ class Running(OneTerminal):
         self.terminal.wait(f"In [{self.number + 1}]: next_one = 1")
         self.terminal.send(CTRL_C)
 
+    def test_a_file_can_be_loaded_and_one_edited(self):
+        with open(os.path.join(self.home.work, "loaded.py"), "w") as file:
+            file.write("loaded = 3\n")
+        self.terminal.send("%load loaded.py\r")
+        self.terminal.wait("   ...: loaded = 3")
+        self.terminal.send(CTRL_C)
+        self.ready()
+        self.terminal.send("%edit loaded.py\r")        # the editor of these tests adds a line
+        self.terminal.wait("   ...: edited = 4")
+        self.terminal.send(CTRL_C)
+
+    def test_ctrl_d_is_no_way_out_of_a_running_cell(self):
+        self.terminal.send("spin()\r")
+        self.terminal.wait("spinning")
+        self.terminal.send(CTRL_D)
+        self.terminal.send(CTRL_C)
+        self.terminal.prompt(self.number + 1)
+
     def test_a_progress_bar_is_one_line(self):
         self.assertEqual(self.run_cell("progress()"), ["100%"])
 
@@ -520,6 +542,15 @@ class Several(TerminalCase):
         self.bob.prompt(3)
         self.assertIn("Out[3]: 'bob'", self.bob.run("x", 3))
 
+    def test_a_question_is_taken_away_when_somebody_interrupts(self):
+        self.bob.send("x = input('who? ')\r")
+        self.bob.wait(lambda lines: lines[-1] == "who?")
+        self.alice.wait("bob In [2]:")
+        self.alice.send(":interrupt\r")
+        self.bob.wait("KeyboardInterrupt")
+        self.bob.prompt(3)
+        self.assertIn("Out[3]: 1", self.bob.run("1", 3))
+
     def test_anybody_may_interrupt(self):
         self.bob.send("while True: time.sleep(0.01)\r")
         self.alice.wait("bob In [2]:")
@@ -580,6 +611,20 @@ class Leaving(TerminalCase):
         self.assertEqual(terminal.wait_end(), 0)
         self.assertIn("kernel ended ended", terminal.screen.lines())
         self.assertFalse(os.path.exists(os.path.join(self.home.run, "kernels", "ended.json")))
+
+    def test_ctrl_backslash_detaches_at_the_prompt_and_while_a_cell_runs(self):
+        first = self.open("--name", "left")
+        first.send("half typed\x1c")
+        self.assertEqual(first.wait_end(), 0)
+        self.assertNotIn("half typed", "\n".join(first.screen.lines()))
+        second = self.start("--quiet", "--existing", "left")
+        second.prompt(1)
+        second.run("from helper import *", 1)
+        second.send("spin()\r")
+        second.wait("spinning")
+        second.send("\x1c")
+        self.assertEqual(second.wait_end(), 0)
+        self.assertIn("left kernel left, it lives on", "\n".join(second.screen.lines()))
 
     def test_a_kernel_can_be_kept(self):
         for name, argument, leaving in (("kept-1", (), "exit(keep_kernel=True)\r"), ("kept-2", (), ":detach\r"),

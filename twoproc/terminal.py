@@ -88,6 +88,10 @@ class Inbox:
         return self.get(0) if not self._items.empty() else []
 
 
+class _NoAnswer(Exception):
+    """A question of the kernel's is left open."""
+
+
 class Cell:
     """Our request that runs, or waits its turn."""
 
@@ -344,8 +348,11 @@ class Terminal:
             self._interrupt_cell()
 
     def handle_detach(self) -> None:
-        self.detach()
-        self._interrupt_prompt(None)
+        if self._app is None:
+            self.painter.say("")        # the terminal itself has written ^\\
+            self.detach()
+        else:
+            self._interrupt_prompt(self.detach)
 
     def handle_died(self, client: Client) -> None:
         if client is not self.client or self.died is not None:
@@ -423,6 +430,7 @@ class Terminal:
         finally:
             self.inbox.wake = None
             self._app = None
+            session.app.erase_when_done = False
             self.painter.is_prompt_up = False
 
     def _drain_above_prompt(self) -> None:
@@ -452,7 +460,7 @@ class Terminal:
         if app is not None and app.is_running and not app.is_done:
             if app is self.session.app:
                 self.next_input = self.session.default_buffer.document
-                self._app.renderer.erase()
+                app.erase_when_done = True      # it will be shown again
             app.exit(result=None)
 
     def _end_question(self) -> None:
@@ -632,7 +640,7 @@ class Terminal:
                 cell.pending.wait(0.001, on_input=self._ask)
             except TimeoutError:
                 continue
-            except (KernelDied, OSError):
+            except (_NoAnswer, KernelDied, OSError):
                 return
 
     def _ask(self, prompt: str, password: bool) -> str:
@@ -649,7 +657,7 @@ class Terminal:
         finally:
             self.painter.begin_cell()
         if answer is None:
-            raise EOFError      # the cell ended, or the kernel did, while the user was thinking
+            raise _NoAnswer     # the cell ended, or we leave, while the user was thinking
         return answer
 
     def choose(self, question: str, letters: str, default: str) -> str:
