@@ -136,12 +136,17 @@ class Errors(support.KernelCase):
 
     def test_its_own_queue_is_aborted_in_order_and_anothers_runs(self):
         other = self.kernel.client(self)
-        for _ in range(support.rounds(20, 200)):
-            self.client.execute("log = []", silent=True)
-            failing = self.client.send_execute("import time; time.sleep(0.01); 1/0")
+        for number in range(support.rounds(20, 200)):
+            path = os.path.join(self.kernel.home.work, f"go-{number}")
+            self.client.execute("import os, time; log = []", silent=True)
+            failing = self.client.send_execute(f"while not os.path.exists({path!r}): time.sleep(0.001)\n1/0")
             self.client.wait_running(failing)
             mine = [self.client.send_execute("log.append('A')") for _ in range(3)]
             others = [other.send_execute("log.append('B')") for _ in range(3)]
+            for client in (self.client, other):     # this answer says that what was sent before it is there
+                client.result(client.send("shell", "kernel_info_request"))
+            with open(path, "w"):
+                pass
             self.assertEqual(self.results(self.client, [failing, *mine]), ["error"] + ["aborted"] * 3)
             self.assertEqual(self.results(other, others), ["ok"] * 3)
             # What is sent after the error was seen always runs.
@@ -157,9 +162,12 @@ class Errors(support.KernelCase):
             self.assertEqual(statuses[1:], sorted(statuses[1:]), "aborted first, then ok")
             self.assertEqual(self.client.execute("1+1").value, "2")
 
-    def test_requests_that_were_surely_there_are_all_aborted(self):
-        failing = self.client.send_execute("import time; time.sleep(0.3); 1/0")
+    def test_a_long_queue_is_aborted_whole(self):
+        failing = self.client.send_execute("input()\n1/0", allow_stdin=True)
+        question = self.client.take("stdin", what="input_request")
         behind = [self.client.send_execute("1") for _ in range(support.rounds(100, 1000))]
+        self.client.result(self.client.send("shell", "kernel_info_request"))
+        self.client.answer(question, "")
         self.assertEqual(self.results(self.client, [failing, *behind]), ["error"] + ["aborted"] * len(behind))
 
     def test_stop_on_error_false_keeps_the_queue(self):
