@@ -35,10 +35,11 @@ def main():
     if arguments.result:
         return run_here(arguments.names, arguments.result)
 
-    # Started in the background (`make test &`, some CI machines) we inherit that SIGINT is ignored, and so would
-    # every process of every test, in which an interrupt is what is tested.
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Started in the background or by nohup we inherit that these are ignored, and so would every process of
+    # every test; what they do is what is tested.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     # The longest files first, as the likely longest runs: nobody waits for one of them alone at the end.
     modules = sorted((name for name in os.listdir(HERE) if name.startswith("test_") and name.endswith(".py")),
