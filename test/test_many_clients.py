@@ -24,6 +24,7 @@ class ComingAndGoing(support.KernelCase):
         if number % 5 == 0:
             client.send("shell", "kernel_info_request")       # leaves before the answer
         client.close()
+        self.client.drain()     # who stays and does not read is another test's subject
 
     def test_two_hundred_leave_nothing_behind(self):
         # What the first ones cause to be made (the history file open, caches filled) is not growth.
