@@ -55,7 +55,7 @@ MODULES = {
     "json": (["test.test_json"], ["test.test_json"]),
     "heapq": (["test.test_heapq"], ["test.test_heapq"]),
     "asyncio": (["test.test_asyncio.test_runners"],
-                ["test.test_asyncio.test_runners", "test.test_asyncio.test_tasks", "test.test_asyncio.test_subprocess"]),
+                [f"test.test_asyncio.test_{name}" for name in ("runners", "tasks", "subprocess")]),
     "threading": (["test.test_threading.ThreadTests",
                    "test.test_threading.LocalTests", "test.test_threading.InterruptMainTests",
                    "test.test_threading.EventTests", "test.test_threading.ConditionTests",
