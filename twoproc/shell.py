@@ -508,9 +508,11 @@ class CellCompiler(CachingCompiler):
     def get_code_name(self, raw_code, transformed_code, number):
         return os.environ.get("IPYKERNEL_CELL_NAME") or super().get_code_name(raw_code, transformed_code, number)
 
-    def format_code_name(self, name):
-        # None: shown as a file, which it is, and not as In[n].
-        return None if name == os.environ.get("IPYKERNEL_CELL_NAME") else super().format_code_name(name)
+    def cache(self, *arguments, **options):
+        name = super().cache(*arguments, **options)
+        if name == os.environ.get("IPYKERNEL_CELL_NAME"):
+            self._filename_map.pop(name, None)      # shown as a file, which it is, and not as In[n]
+        return name
 
 
 class MainLoopRunner:
