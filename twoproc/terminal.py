@@ -863,6 +863,12 @@ class Terminal:
         if self.died is not None:
             self.exit_code = 70
             return
+        # Who leaves before the kernel is up could not be taken at his word otherwise.
+        self.pump_until(lambda: self.is_settled, 10.0)
+        if self.connect_error is not None:
+            self.painter.say("kernel %s: %s" % (self.name, self.connect_error))
+            self.exit_code = 70
+            return
         self.painter.say("left kernel %s, it lives on%s; join it again with: %s" % (
             self.name, self._for_others().replace(", also", ""), join_command(self.name)))
         self._write(self.painter.take())
