@@ -184,8 +184,8 @@ class WhatElseAnInterruptDoes(InterruptCase):
     def test_code_that_catches_it_goes_on_and_a_second_one_ends_it(self):
         msg_id = self.client.send_execute("""
 import time
-print('now')
 try:
+    print('now')
     time.sleep(60)
 except KeyboardInterrupt:
     print('caught')
