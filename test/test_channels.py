@@ -57,7 +57,7 @@ class MailboxTests(unittest.TestCase):
         self.assertEqual(found.get(timeout=DEADLINE), "here")
 
     def test_an_item_without_a_ring_waits_for_the_next_ring(self):
-        self.mailbox.put("quiet", ring=False)
+        self.mailbox.append("quiet")
         self.assertFalse(self.is_readable())
         self.mailbox.put("loud")
         self.assertTrue(self.is_readable())

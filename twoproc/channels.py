@@ -62,6 +62,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._items: deque = deque()
+        self.append = self._items.append    # put without a ring: found when the reader wakes for another reason
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
@@ -69,11 +70,9 @@ class Mailbox:
         self._rung = False
 
     # -- called by any thread
-    def put(self, item: Any, ring: bool = True) -> None:
-        """Append an item; without `ring` the reader finds it when it next wakes for another reason."""
+    def put(self, item: Any) -> None:
         self._items.append(item)
-        if ring:
-            self.ring()
+        self.ring()
 
     def ring(self) -> None:
         """Wake the reader."""
@@ -216,7 +215,8 @@ class KernelChannels:
         self._heartbeat = Heartbeat(self._sockets.pop("hb"))
         self._names = {sock: channel for channel, sock in self._sockets.items()}
         self._numbers = itertools.count(1)          # twoproc_seq of iopub messages
-        self._put_bytes = self._sent_bytes = 0      # what waits in the outbox, roughly: see send
+        self._put_bytes = self._sent_bytes = 0      # what waits in the outbox, roughly: see _wait_for_room
+        self._outbox_limit = limits.outbox
         self._text_sent = 0.0
         self._head: list | None = None              # the iopub message that a full reader did not take
         self._has_more = False                      # the outbox, when _drain had to leave it
@@ -285,7 +285,9 @@ class KernelChannels:
         if not isinstance(content, bytes):
             content = encode(content)
         buffers = [buffer if isinstance(buffer, bytes) else memoryview(buffer).tobytes() for buffer in buffers]
-        self._make_room(len(content) + sum(map(len, buffers)))
+        self._put_bytes += len(content) + sum(map(len, buffers)) + 64
+        if self._put_bytes - self._sent_bytes > self._outbox_limit:
+            self._wait_for_room()
         self.outbox.put(Outgoing(channel, msg_type, content, parent, encode(metadata) if metadata else b"{}",
                                  buffers, identities, header))
 
@@ -295,11 +297,14 @@ class KernelChannels:
         The first line leaves at once.  In a flood the next are collected until on_tick wakes twoproc-io,
         because every time that it wakes costs the cell a change of the interpreter lock.
         """
-        self._make_room(len(text))
-        is_first = time.monotonic() - self._text_sent > 0.01 and ("\n" in text or "\r" in text)
-        self.outbox.put(Text(name, text, parent), ring=is_first)
+        # Spelt out here, without a call for each step: these lines run for every word that is printed.
+        self._put_bytes += len(text) + 64
+        if self._put_bytes - self._sent_bytes > self._outbox_limit:
+            self._wait_for_room()
+        self.outbox.append(tuple.__new__(Text, (name, text, parent)))
         # Looked at after the text is there: a cell that ends in this moment rings for its reply later.
-        if self.busy_parent is None:
+        if self.busy_parent is None or (
+                ("\n" in text or "\r" in text) and time.monotonic() - self._text_sent > 0.01):
             self.outbox.ring()
 
     def call(self, function: Callable[[], list | None]) -> None:
@@ -309,12 +314,11 @@ class KernelChannels:
         """
         self.outbox.put(function)
 
-    def _make_room(self, size: int) -> None:
+    def _wait_for_room(self) -> None:
         # Back pressure, as in a terminal.  A sleep, not a condition: Ctrl-C may strike here, and so may a
         # signal handler that prints.  The two sums are not exact when threads race; an empty outbox resets
         # them, and a bound needs no more.  An empty outbox has room for anything, however large.
-        self._put_bytes += size + 64
-        while self._put_bytes - self._sent_bytes > self.limits.outbox and self.outbox and not self._is_io_thread():
+        while self._put_bytes - self._sent_bytes > self._outbox_limit and self.outbox and not self._is_io_thread():
             if self._stop_at is not None:
                 return
             time.sleep(0.002)
@@ -456,17 +460,17 @@ class KernelChannels:
 
     def _publish_text(self, first: Text) -> None:
         """Publish this text and the neighbours it can be joined with, at most stream_chunk characters a message."""
-        parts, size, limit = [first.text], len(first.text), self.limits.stream_chunk
+        first_name, text, first_parent = first
+        parts, size, limit = [text], len(text), self.limits.stream_chunk
         entries = self.outbox._items
-        count = 1
-        while size < limit and entries:
-            entry = entries[0]
-            if type(entry) is not Text or entry.name != first.name or entry.parent != first.parent:
+        while size < limit and entries and type(entries[0]) is Text:
+            name, text, parent = entries[0]
+            if name != first_name or parent != first_parent:
                 break
-            parts.append(entries.popleft().text)
-            size += len(parts[-1])
-            count += 1
-        self._sent_bytes += size + 64 * count
+            entries.popleft()
+            parts.append(text)
+            size += len(text)
+        self._sent_bytes += size + 64 * len(parts)
         self._text_sent = time.monotonic()
         text = "".join(parts)
         if size > limit:
