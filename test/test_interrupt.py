@@ -174,6 +174,23 @@ class WhatElseAnInterruptDoes(InterruptCase):
             self.assertEqual(result.reply.content["ename"], "KeyboardInterrupt")
             self.assertEqual(result.reply.content["execution_count"], running.content["execution_count"])
 
+    def test_one_that_a_finalizer_swallows_ends_the_cell_all_the_same(self):
+        """Python ignores what is raised there; and the garbage collector calls finalizers anywhere."""
+        for interrupt in (self.by_message, self.by_signal):
+            msg_id = self.client.send_execute("""
+import time
+class Object:
+    def __del__(self):
+        print('now')
+        time.sleep(60)
+Object()
+while True: pass""")
+            self.client.wait_text(msg_id, "now")
+            started = time.monotonic()
+            interrupt()
+            self.assertEqual(self.client.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
+            self.assertLess(time.monotonic() - started, SECONDS)
+
     def test_another_client_may_interrupt(self):
         other = self.kernel.client(self)
         msg_id = self.client.send_execute(CELLS["time.sleep"])

@@ -84,6 +84,7 @@ class Kernel:
         self._cells = 0
         self._runs_user_code = False
         self._interrupted: Message | None = None    # the cell that was interrupted before its code began
+        self._again: tuple[Message | None, float] = None, 0.0       # the cell to interrupt again, and when
         # See _nudge_if_blocked.  macOS has no clock for a thread, and SIGINT alone has to do.
         self._main_clock = time.pthread_getcpuclockid(threading.get_ident()) \
             if hasattr(time, "pthread_getcpuclockid") else None
@@ -196,6 +197,20 @@ class Kernel:
         else:
             signal.raise_signal(signal.SIGINT)
 
+    def interrupt_again(self) -> None:
+        """The interrupt of the running cell was swallowed, see set_signals: once more, for main alone.
+
+        By twoproc-io, when main has surely left what swallowed the first one.
+        """
+        self._again = self.running, time.monotonic() + 0.03
+
+    def _interrupt_if_swallowed(self, now: float) -> None:
+        running, at = self._again
+        if running is not None and now > at:
+            self._again = None, 0.0
+            if self._runs_user_code and self.running is running and hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
     def _nudge_if_blocked(self, now: float) -> None:
         """Once for each time that the cell blocks: have main look for a signal that it got before.
 
@@ -249,6 +264,7 @@ class Kernel:
         if self.running is not None:
             waits.append(0.02)
             self._nudge_if_blocked(now)
+            self._interrupt_if_swallowed(now)
         if self._parent_pid and os.getppid() != self._parent_pid:
             self.end("its parent, process %d, has ended" % self._parent_pid)
         elif self._parent_pid:
@@ -848,6 +864,16 @@ def set_signals(kernel: Kernel) -> None:
         kernel.end(signal.Signals(number).name, 128 + number)
     end.is_ours = True      # type: ignore[attr-defined]    # for in_child
     signal.signal(signal.SIGINT, kernel.note_sigint)
+    tell = sys.unraisablehook
+
+    def unraisable(found: Any) -> None:
+        # Ctrl-C in a finalizer, or in a weak reference's callback, ends that and nothing else: the cell goes on.
+        # The garbage collector calls them anywhere; a loop of prints met it once in 400 interrupts.
+        if found.exc_type is KeyboardInterrupt and os.getpid() == kernel.process:
+            kernel.interrupt_again()
+        else:
+            tell(found)
+    sys.unraisablehook = unraisable
     if hasattr(signal, "SIGURG") and signal.getsignal(signal.SIGURG) is signal.SIG_DFL:
         signal.signal(signal.SIGURG, look_for_signals)
     signal.signal(signal.SIGTERM, end)

@@ -164,8 +164,8 @@ class Interpreter:
             # User code, or an interrupt between its frame and ours: told like any error of a cell.
             shell._showtraceback(type(error), error, describe(error)["traceback"])
             reply = {"status": "error", **describe(error), "user_expressions": {}}
-            if store_history and shell.execution_count == count:
-                shell.execution_count += 1      # its number was published, with its code
+        if store_history and reply["status"] == "error" and shell.execution_count == count:
+            shell.execution_count += 1      # interrupted before IPython counted it; its number was published
         reply["execution_count"] = shell.execution_count - 1
         reply["payload"] = shell.payload_manager.read_payload()
         if reply["payload"]:
