@@ -43,8 +43,9 @@ class ComingAndGoing(support.KernelCase):
         grown = self.kernel.memory() - memory
         if support.IS_SOAK:
             print(f"{count} clients came and went: {grown // 1024} kB more")
-        # 2 MB per 2400; over a few, one page of an allocator more or less must not decide.
-        self.assertLess(grown, support.rounds(1, 2) * MB)
+        # 2 MB for the 2400 of the long campaign, most of it the memory of replayed messages. A kernel that does
+        # not let ZeroMQ forget its dead peers takes 15 kB for each: 3 MB for 200.
+        self.assertLess(grown, 2 * MB)
         self.assert_serves()
 
     def settle(self):
