@@ -227,7 +227,8 @@ class StockClients(InstalledCase):
         cells = ["import asyncio\nx = await asyncio.sleep(0.01, 20)", "print('x is', x)\nx + 1", "1 / 0",
                  "from IPython.display import HTML\nHTML('<b>x</b>')"]
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
-        nbclient.NotebookClient(notebook, kernel_name="twoproc", timeout=TIMEOUT, allow_errors=True).execute()
+        manager = self.manager("AsyncKernelManager", {"transport": "ipc"})
+        nbclient.NotebookClient(notebook, km=manager, timeout=TIMEOUT, allow_errors=True).execute()
         outputs = [cell["outputs"] for cell in notebook["cells"]]
         self.assertEqual(outputs[0], [])
         self.assertEqual(outputs[1][0]["text"], "x is 20\n")
