@@ -26,7 +26,6 @@ import json
 import os
 import re
 import reprlib
-import secrets
 import socket
 import stat
 import sys
@@ -227,7 +226,7 @@ def new_connection(transport: str = "ipc", name: str | None = None,
     if path is not None:
         path = os.path.abspath(path)
         # The folder of such a file may be open to others; its sockets go to ours.
-        prefix = os.path.join(kernels_folder(), secrets.token_hex(4)) if transport == "ipc" else ""
+        prefix = os.path.join(kernels_folder(), os.urandom(4).hex()) if transport == "ipc" else ""
     else:
         if name is None:
             path = _reserve_new_name(kernels_folder())
@@ -237,7 +236,7 @@ def new_connection(transport: str = "ipc", name: str | None = None,
         else:
             raise ConnectionFileError(f"kernel name {_shown(name)}: use letters, digits, '-', '_' and '.'")
         prefix = path.removesuffix(".json")
-    key = secrets.token_hex(32).encode()
+    key = os.urandom(32).hex().encode()
     if transport == "tcp":
         return path, ConnectionInfo("tcp", "127.0.0.1", 0, 0, 0, 0, 0, key)
     info = ConnectionInfo("ipc", prefix, 1, 2, 3, 4, 5, key)
@@ -250,6 +249,8 @@ def new_connection(transport: str = "ipc", name: str | None = None,
 def _reserve_new_name(folder: str) -> str:
     """The path of a name that nobody has: its lock file is made here, and who makes a file has it alone."""
     # 1..99 first, because short names are the purpose; wider when a machine is that busy.
+    import secrets      # 3 ms that a kernel whose file was named by others does not pay
+
     for attempt in range(1000):
         name = f"{secrets.choice(ANIMALS)}-{1 + secrets.randbelow(99 if attempt < 100 else 9999)}"
         path = os.path.join(folder, f"{name}.json")
@@ -267,7 +268,7 @@ def write_connection_file(path: str, info: ConnectionInfo) -> None:
         if name != "extra" and value is not None:
             members[name] = value.decode() if isinstance(value, bytes) else value
     path = os.path.abspath(path)
-    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(8).hex()}.tmp")
     try:
         with contextlib.suppress(FileNotFoundError):
             _refuse_unsafe(path, os.lstat(path))

@@ -24,7 +24,6 @@ import functools
 import json
 import logging
 import os
-import platform
 import signal
 import sys
 import threading
@@ -712,7 +711,7 @@ def kernel_info() -> dict:
         "implementation": "twoproc", "implementation_version": __version__,
         "banner": "twoproc %s -- IPython in two processes\nPython %s" % (__version__, sys.version.replace("\n", "")),
         "language_info": {
-            "name": "python", "version": platform.python_version(), "mimetype": "text/x-python",
+            "name": "python", "version": sys.version.split()[0], "mimetype": "text/x-python",
             "file_extension": ".py", "pygments_lexer": "ipython3", "nbconvert_exporter": "python",
             "codemirror_mode": {"name": "ipython", "version": 3}},
         "help_links": [{"text": "Python", "url": "https://docs.python.org/%d.%d" % sys.version_info[:2]},

@@ -16,7 +16,6 @@ import codecs
 import contextlib
 import io
 import os
-import tempfile
 import time
 from typing import Callable, Iterator
 
@@ -199,6 +198,7 @@ class DescriptorCapture:
     def start(self) -> io.TextIOBase:
         """Redirect; returns the stderr there was, for the process's own log."""
         import fcntl            # not on Windows, where a kernel runs without this capture
+        import tempfile         # 2 ms, and here the sockets are bound already
         for descriptor in (0, 1, 2):
             try:
                 self._saved[descriptor] = os.dup(descriptor)
