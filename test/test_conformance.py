@@ -7,8 +7,10 @@ own, found through JUPYTER_PATH. Each part is skipped with a reason where its ot
 import asyncio
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import unittest
 from unittest import mock
 
@@ -107,6 +109,10 @@ class StockClients(InstalledCase):
 
     def manager(self, class_name, options):
         from jupyter_client import manager
+        if options["transport"] == "ipc":       # else it puts its sockets into the current directory
+            folder = tempfile.mkdtemp(prefix="tp-")
+            self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+            options = {**options, "ip": os.path.join(folder, "kernel")}
         return getattr(manager, class_name)(kernel_name="twoproc", **options)
 
     def test_the_kernelspec_says_what_is_true(self):
