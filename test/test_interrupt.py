@@ -64,26 +64,30 @@ class InterruptCase(support.KernelCase):
 
     def interrupt_round(self, name, interrupt):
         client = self.client
+        before = self.sleeps()
         msg_id = client.send_execute(CELLS[name])
         client.wait_text(msg_id, "now")
         if name in ("subprocess.run", "os.system", "a shell line"):
             # The child must run: between fork and exec there is nothing yet to interrupt.
-            support.wait_until(lambda: "sleep" in self.children(), what="the child")
+            support.wait_until(lambda: self.sleeps() - before, what="the child")
         started = time.monotonic()
         interrupt()
         reply = client.reply(msg_id)
         self.assertLess(time.monotonic() - started, SECONDS)
         if name not in RETURNS_NORMALLY:
             self.assertEqual(reply.content["status"], "error")
-            self.assertEqual(reply.content["ename"], "KeyboardInterrupt")
+            # CancelledError: asyncio's Runner sets its count of interrupts to 0 a moment after it could have counted.
+            expected = ("KeyboardInterrupt", "CancelledError") if name == "asyncio.run" else ("KeyboardInterrupt",)
+            self.assertIn(reply.content["ename"], expected)
         client.output(msg_id)
         self.check_next_cell(reply.content["execution_count"])
 
-    def children(self):
-        """The names of the programs in the kernel's process group and below, but for itself."""
+    def sleeps(self):
+        """The `sleep` programs that run in the kernel's process group and below. One of the cell before may still
+        be among them: killed, and its parent does not wait for ever for it to end."""
         listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,pgid=,comm="], capture_output=True, text=True).stdout
-        return [comm for pid, ppid, pgid, comm in (line.split(None, 3) for line in listing.splitlines())
-                if str(self.kernel.pid) in (ppid, pgid) and int(pid) != self.kernel.pid]
+        return {pid for pid, ppid, pgid, comm in (line.split(None, 3) for line in listing.splitlines())
+                if str(self.kernel.pid) in (ppid, pgid) and comm == "sleep"}
 
     def check_next_cell(self, count):
         """The next cell runs normally, one number on, and no task of the interrupted one is left."""
@@ -98,8 +102,10 @@ class EveryKindOfCode(InterruptCase):
     def interrupted_each(self, interrupt):
         for round_number in range(support.rounds(2, 200)):
             for name in CELLS:
-                with self.subTest(name, round=round_number):
+                try:        # no subTest: what comes after a cell that was not interrupted means nothing
                     self.interrupt_round(name, interrupt)
+                except AssertionError as error:
+                    raise AssertionError(f"{name}, round {round_number}: {error}") from error
 
     def test_ends_by_an_interrupt_request(self):
         self.interrupted_each(self.by_message)
