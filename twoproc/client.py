@@ -19,6 +19,9 @@ How death is noticed: by the launcher that started the kernel, by the process nu
 this machine (pidfd or kqueue), by a connection that is cut and then refused.  Silence is not death: a kernel
 that is stopped, or computes in C, may go on; `silence` says for how long it has not answered.
 
+What was said before we came, or what we were too slow to take, a kernel that keeps a session log says again: see
+`log` and `catch_up`.  Such a message takes the same way as a live one; read_log makes it from its record.
+
 Kernels written by others are met with patience: a message that cannot be read is counted and dropped, a reply
 or an idle that never comes ends a wait but not the client.
 """
@@ -28,15 +31,17 @@ import json
 import os
 import queue
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from . import connection
 from .channels import ClientChannels
 from .connection import ConnectionInfo
-from .session import MESSAGES, Message, Session
+from .session import MESSAGES, PROTOCOL_VERSION, UTC, Message, Session, encode
 
 # A kernel may reply and then never send its idle: after so many seconds without a message of that request
 # its reply is enough.  A kernel with megabytes of output still to send keeps sending.
@@ -257,6 +262,100 @@ def _size(message: Message) -> int:
     return 1000 + (len(text) if type(text) is str else 0) + sum(map(len, message.buffers))
 
 
+class LogPage(NamedTuple):
+    """What a kernel's session log says.
+
+    session: the log's name, "" where none is kept.  seq: the newest number when the page was made; what is live
+    has a larger one.  messages: as they were on iopub, oldest first; see read_log.  next_seq: where to go on
+    asking, None at the end.  cut: something is no longer kept; a message of type twoproc_gap stands in its place.
+    """
+    session: str
+    seq: int
+    messages: list[Message]
+    next_seq: int | None
+    cut: bool
+
+
+def read_log(reply: Message, first: int | None = None, last: int | None = None) -> LogPage:
+    """A twoproc_log_reply as messages, so that past and live take one way through every reader.
+
+    first, last: the numbers that were asked for, if it was by numbers.  A record `begin` is an execute_input, `out`
+    what it was, `end` the idle of its cell; msg_id is made up, parent_header the request's own.  Statuses of
+    other requests, comms and the code of private cells are not in the log.
+    """
+    content = reply.content
+    newest, next_seq, is_cut = content.get("seq"), content.get("next_seq"), content.get("cut") is True
+    newest = newest if type(newest) is int else 0
+    records, parents = content.get("records"), dict(_object(content.get("parents")))
+    messages: list[Message] = []
+    for record in map(_object, records if isinstance(records, list) else ()):
+        kind, number = record.get("k"), record.get("seq")
+        parent = _object(record.get("hdr") if kind == "begin" else parents.get(str(record.get("of"))))
+        msg_type, said = {
+            "begin": ("execute_input", {"code": record.get("code"), "execution_count": record.get("ec")}),
+            "out": (record.get("type"), record.get("content")),
+            "end": ("status", {"execution_state": "idle"})}.get(str(kind), (None, None))
+        if kind == "begin":
+            parents[str(parent.get("msg_id"))] = parent
+            if type(record.get("code")) is not str:     # private
+                continue
+        # A number above the newest: recorded, not published yet, it will come live.
+        if type(msg_type) is str and type(said) is dict and not (type(number) is int and number > newest):
+            messages.append(_past_message(reply.header, msg_type, said, parent, record))
+    if is_cut:
+        _mark_gap(messages, reply.header, first, last)
+    return LogPage(str(content.get("session", "")), newest, messages, next_seq if type(next_seq) is int else None,
+                   is_cut)
+
+
+def _past_message(kernel: dict, msg_type: str, content: dict, parent: dict, record: dict) -> Message:
+    """kernel: a header of the kernel that said it."""
+    number = record.get("seq")
+    header = {"msg_id": "%s_log_%s" % (kernel.get("session"), record.get("n")), "msg_type": msg_type,
+              "session": kernel.get("session"), "username": kernel.get("username", ""),
+              "date": _date(record.get("t")), "version": PROTOCOL_VERSION}
+    metadata = {**_object(record.get("metadata")), **({"twoproc_seq": number} if type(number) is int else {})}
+    return Message(header, parent, metadata, content, [], [], encode(header))
+
+
+def _mark_gap(messages: list[Message], kernel: dict, first: int | None, last: int | None) -> None:
+    """Something is missing: most likely where the numbers jump farthest."""
+    widest, place, before = 0, 0, None if first is None else first - 1
+    for index in range(len(messages) + 1):
+        number = _number(messages[index]) if index < len(messages) else None if last is None else last + 1
+        if number is not None:
+            if before is not None and number - before - 1 > widest:
+                widest, place = number - before - 1, index
+            before = number
+    neighbours = messages[place:place + 1] or messages[-1:]
+    messages.insert(place, gap_message(widest, "it is no longer kept", kernel,
+                                       neighbours[0].parent_header if neighbours else {}))
+
+
+def gap_message(count: int, reason: str, kernel: dict, parent: dict) -> Message:
+    """A message of our own in place of output that is lost: type twoproc_gap, content messages (about how many; 0
+    where that is not known) and reason, to be shown as `(output missed: <reason>)`."""
+    return _past_message(kernel, "twoproc_gap", {"messages": count, "reason": reason}, parent,
+                         {"n": "gap", "t": time.time()})
+
+
+def _number(message: Message) -> int | None:
+    """The number that our kernels give each message on iopub."""
+    number = message.metadata.get("twoproc_seq")
+    return number if type(number) is int else None
+
+
+def _object(value: Any) -> dict:
+    return value if type(value) is dict else {}
+
+
+def _date(seconds: Any) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return ""
+
+
 class Client:
     """A connection to one kernel.  Thread-safe; every method that waits has a time limit.
 
@@ -284,6 +383,7 @@ class Client:
         self._table: dict[str, Pending] = {}
         self._listeners: list[Callable[[Message], None]] = []       # replaced, never changed in place
         self._watchers: list[Callable[[str], None]] = []            # the same
+        self._followers: list[Follower] = []        # listeners whose past wait_ready is to ask for
         self._ready_bell = Bell()
         self._sees_output = False           # something arrived on iopub: the subscription stands
         self._was_connected = False         # since the last reset
@@ -351,6 +451,9 @@ class Client:
                     continue
                 self.kernel_info_reply = next((probe.reply for probe in probes if probe.reply), None)
                 if self.kernel_info_reply is not None and self._sees_output:
+                    followers, self._followers = self._followers, []
+                    for follower in followers:
+                        follower.ask()
                     return self.kernel_info_reply
                 if now >= start + timeout or self._is_hopeless(now - start, may_give_up):
                     raise self._diagnose(control, timeout)
@@ -395,6 +498,27 @@ class Client:
         """
         self._listeners = [*self._listeners, callback]
         return lambda: setattr(self, "_listeners", [other for other in self._listeners if other is not callback])
+
+    def catch_up(self, callback: Callable[[Message, bool], None], cells: int = 20, max_bytes: int = 65_536,
+                 timeout: float = 5.0) -> Callable[[], None]:
+        """`listen` that begins with the past, without a gap and without a duplicate; returns what ends it.
+
+        callback(message, is_past): first, with True, what the last `cells` cells were and printed, at most about
+        `max_bytes` of it, and of a cell that runs its output so far; then, with False, what is live.  Past are
+        execute_input, output, the idle that ends a cell, and twoproc_gap (see gap_message); a cell without idle
+        runs.  parent_header says whose each is, header["date"] when it was.  All in order, on twoproc-client.
+
+        Where the kernel keeps no log, or does not answer in `timeout` seconds, there is no past, and live is
+        everything from this call on.  Called before wait_ready, it returns at once, and wait_ready returns after
+        the past was delivered; called later, it waits for that itself.
+        """
+        follower = Follower(self, callback, cells, max_bytes, timeout)
+        stop = self.listen(follower)
+        if self.kernel_info_reply is None:
+            self._followers = [*self._followers, follower]
+        else:
+            follower.ask()
+        return stop
 
     def watch(self, callback: Callable[[str], None]) -> Callable[[], None]:
         """Have `callback` called with "died" or "alive" when that changes; returns what ends it.
@@ -490,6 +614,19 @@ class Client:
 
     def connect_info(self, timeout: float | None = 5.0) -> Message:
         return self._ask("connect_request", {}, timeout)
+
+    @property
+    def keeps_log(self) -> bool:
+        """Does the kernel say that it keeps a session log?  Known after wait_ready."""
+        reply = self.kernel_info_reply
+        features = reply.content.get("supported_features") if reply is not None else None
+        return isinstance(features, list) and "twoproc log" in features
+
+    def log(self, cells: int = 20, max_bytes: int = 65_536, timeout: float | None = 5.0) -> LogPage:
+        """What the last `cells` cells were and printed; an empty page at once where the kernel keeps no log."""
+        if not self.keeps_log:
+            return LogPage("", 0, [], None, False)
+        return read_log(self._ask("twoproc_log_request", {"cells": cells, "max_bytes": max_bytes}, timeout))
 
     def interrupt(self, timeout: float | None = 5.0) -> Message | None:
         """Stop what the kernel runs, whoever sent it; returns the reply, None where a signal was sent instead."""
@@ -714,6 +851,58 @@ class Client:
                                    "in the connection file is wrong, or the kernel is busy" % waited)
         return NotReady("silent", "something listens at %s but does not answer, not even the heartbeat, %s: is the "
                                   "kernel's process stopped?" % (self.info.url("shell"), waited))
+
+
+class Follower:
+    """A listener of `catch_up`: keeps what is live until it has the past, then leaves out what the past has."""
+
+    def __init__(self, client: Client, callback: Callable[[Message, bool], None], cells: int, max_bytes: int,
+                 timeout: float):
+        self._client, self._callback = client, callback
+        self._cells, self._max_bytes, self._timeout = cells, max_bytes, timeout
+        self._held: list[Message] | None = []       # live, while the past is on its way
+        self._page = LogPage("", 0, [], None, False)
+        self._kernel = ""                           # session of the kernel that made the page
+        self._begun: set[str] = set()               # cells that the page has begun
+        self._is_delivered = threading.Event()
+
+    # -- called by any thread
+    def ask(self) -> None:
+        """Get the past and wait until it was delivered."""
+        try:
+            if self._cells and self._client.keeps_log:
+                reply = self._client._ask("twoproc_log_request", {
+                    "cells": self._cells, "max_bytes": self._max_bytes}, self._timeout)
+                self._page, self._kernel = read_log(reply), reply.header["session"]
+        except (TimeoutError, KernelDied):
+            pass        # then without it
+        self._client._channels.call(self._begin)
+        self._is_delivered.wait(self._timeout)
+
+    # -- run by twoproc-client only
+    def __call__(self, message: Message) -> None:
+        if self._held is not None:
+            self._held.append(message)
+        elif not self._is_in_page(message):
+            self._callback(message, False)
+
+    def _begin(self) -> None:
+        held, self._held = self._held or [], None
+        for message in self._page.messages:
+            if message.msg_type == "execute_input":
+                self._begun.add(message.parent_header.get("msg_id", ""))
+            self._client._call(self._callback, message, True)
+        for message in held:
+            self._client._call(self, message)
+        self._page = self._page._replace(messages=[])
+        self._is_delivered.set()
+
+    def _is_in_page(self, message: Message) -> bool:
+        if message.header.get("session") != self._kernel:
+            return False
+        # A cell's input is in the log a moment before it is published.
+        return (_number(message) or 0) <= self._page.seq or (
+            message.msg_type == "execute_input" and message.parent_header.get("msg_id") in self._begun)
 
 
 def _cursor(code: str, cursor_pos: int | None) -> int:
