@@ -485,7 +485,7 @@ sys.stdin.read()
     def test_a_lock_unlinked_between_open_and_lock_is_not_mistaken_for_ours(self):
         path, _ = connection.new_connection()
         lock = connection.lock_path(path)
-        real, rounds = connection._try_lock, []
+        real, rounds = connection.try_lock, []
 
         def meanwhile_it_ends(fd, *args, **options):
             if not rounds:
@@ -493,7 +493,7 @@ sys.stdin.read()
             rounds.append(fd)
             return real(fd, *args, **options)
 
-        with mock.patch.object(connection, "_try_lock", meanwhile_it_ends):
+        with mock.patch.object(connection, "try_lock", meanwhile_it_ends):
             claim = Claim(path)
         self.assertEqual(len(rounds), 2)
         self.refused(3, Claim, path, says="in use")

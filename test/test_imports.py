@@ -22,6 +22,7 @@ ROOMS = {
     "connection": ("", ""),
     "config": ("", ""),
     "channels": ("session connection", "zmq"),
+    "crashlog": ("connection recovery", ""),
     # the kernel's process
     "streams": ("", ""),
     "shell": ("session history completion comms", "IPython traitlets"),

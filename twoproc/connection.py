@@ -141,8 +141,11 @@ def kernels_folder() -> str:
     return private_folder(os.path.join(runtime_folder(), "kernels"))
 
 
-def private_folder(path: str) -> str:
-    """Make `path` a folder for us alone, or see that it is one; its absolute path."""
+def private_folder(path: str, variable: str = "TWOPROC_RUNTIME") -> str:
+    """Make `path` a folder for us alone, or see that it is one; its absolute path.
+
+    variable: of the environment; what the user is told to set when this folder cannot be used.
+    """
     path = os.path.abspath(path)
     try:
         with contextlib.suppress(FileExistsError):
@@ -151,9 +154,9 @@ def private_folder(path: str) -> str:
         _refuse_unsafe(path, os.lstat(path), is_folder=True)
         above = os.stat(os.path.dirname(path)).st_mode
     except OSError as error:
-        raise _unsafe(f"folder {path}: {error.strerror}; set TWOPROC_RUNTIME to a folder that you can write") from error
+        raise _unsafe(f"folder {path}: {error.strerror}; set {variable} to a folder that you can write") from error
     if sys.platform != "win32" and above & stat.S_IWOTH and not above & stat.S_ISVTX:
-        raise _unsafe(f"folder {path}: every user may rename it (no sticky bit above); set TWOPROC_RUNTIME to another")
+        raise _unsafe(f"folder {path}: every user may rename it (no sticky bit above); set {variable} to another")
     return path
 
 
@@ -177,7 +180,7 @@ def _refuse_unsafe(path: str, found: os.stat_result, is_folder: bool = False) ->
                   f"Remove it, or choose a place of your own")
 
 
-def _open_private(path: str, flags: int) -> int:
+def open_private(path: str, flags: int) -> int:
     """A descriptor of a file that is ours alone; with O_CREAT of a new one, 0600 from its first instant.
 
     FileNotFoundError or FileExistsError, and exit code 5 for all else.
@@ -256,7 +259,7 @@ def _reserve_new_name(folder: str) -> str:
         path = os.path.join(folder, f"{name}.json")
         if not os.path.lexists(path):
             with contextlib.suppress(FileExistsError):
-                os.close(_open_private(lock_path(path), os.O_RDWR | os.O_CREAT))
+                os.close(open_private(lock_path(path), os.O_RDWR | os.O_CREAT))
                 return path
     raise ConnectionFileError(f"no free kernel name found in {folder}; remove what is left there", exit_code=3)
 
@@ -272,7 +275,7 @@ def write_connection_file(path: str, info: ConnectionInfo) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):
             _refuse_unsafe(path, os.lstat(path))
-        with os.fdopen(_open_private(temporary, os.O_WRONLY | os.O_CREAT), "w", encoding="utf-8") as file:
+        with os.fdopen(open_private(temporary, os.O_WRONLY | os.O_CREAT), "w", encoding="utf-8") as file:
             json.dump(members, file, indent=2)
         os.replace(temporary, path)
     except OSError as error:
@@ -295,7 +298,7 @@ def read_connection_file(path: str, *, as_kernel: bool = False) -> ConnectionInf
             raise ConnectionFileError(f"connection file {path}: {fault}")
 
     try:
-        with os.fdopen(_open_private(path, os.O_RDONLY), "rb") as file:
+        with os.fdopen(open_private(path, os.O_RDONLY), "rb") as file:
             members = json.loads(file.read(FILE_LIMIT))
     except FileNotFoundError as error:
         raise ConnectionFileError(f"connection file {path}: no such file; has its kernel ended?") from error
@@ -465,7 +468,7 @@ class Claim:
 
     def release(self) -> None:
         """Unlink the lock file and let go. Connection file and sockets: `remove_files`, before this."""
-        if self._fd >= 0 and _is_same_file(self._fd, lock_path(self.path)):
+        if self._fd >= 0 and is_same_file(self._fd, lock_path(self.path)):
             # While the lock is held, so that nobody can have taken it in between. Windows does not unlink an
             # open file: there it stays.
             with contextlib.suppress(OSError):
@@ -510,11 +513,11 @@ def log_path(path: str) -> str:
 def is_claimed(path: str) -> bool:
     """Whether a living process holds a Claim on `path`. True also where the file system cannot tell."""
     try:
-        fd = _open_private(lock_path(os.path.abspath(path)), os.O_RDONLY)
+        fd = open_private(lock_path(os.path.abspath(path)), os.O_RDONLY)
     except (OSError, ConnectionFileError):
         return False
     try:
-        return not _try_lock(fd, shared=True)  # shared, so that two who look do not see each other
+        return not try_lock(fd, shared=True)  # shared, so that two who look do not see each other
     finally:
         os.close(fd)
 
@@ -522,7 +525,7 @@ def is_claimed(path: str) -> bool:
 def holder_pid(path: str) -> int | None:
     """The process that the lock file names; to be shown, not to be trusted."""
     with contextlib.suppress(OSError, ValueError, ConnectionFileError):
-        with os.fdopen(_open_private(lock_path(path), os.O_RDONLY), "rb") as file:
+        with os.fdopen(open_private(lock_path(path), os.O_RDONLY), "rb") as file:
             return int(file.read(20))
     return None
 
@@ -534,10 +537,10 @@ def _lock(path: str) -> tuple[int, str]:
     patience = time.monotonic() + 0.3
     while True:
         try:
-            fd = _open_private(lock, os.O_RDWR | os.O_CREAT)
+            fd = open_private(lock, os.O_RDWR | os.O_CREAT)
         except FileExistsError:
             try:
-                fd = _open_private(lock, os.O_RDWR)
+                fd = open_private(lock, os.O_RDWR)
             except FileNotFoundError:  # its holder ended between the two
                 continue
         except (FileNotFoundError, ConnectionFileError) as error:
@@ -546,10 +549,10 @@ def _lock(path: str) -> tuple[int, str]:
             if os.path.exists(path) and not os.access(folder, os.W_OK):
                 return -1, f"{folder} cannot be written: nothing says that {path} is in use"
             raise _unsafe(f"the name cannot be claimed: {error}") from error
-        is_locked = _try_lock(fd)
+        is_locked = try_lock(fd)
         # The name may have been unlinked, or made anew, between our open and our lock: then we
         # hold the lock of a file that nobody else will ever find.
-        if is_locked is not False and _is_same_file(fd, lock):
+        if is_locked is not False and is_same_file(fd, lock):
             return fd, "" if is_locked else f"{lock}: this file system has no locks; mind second kernels"
         os.close(fd)
         if is_locked is False:
@@ -561,7 +564,7 @@ def _lock(path: str) -> tuple[int, str]:
             time.sleep(0.005)  # nothing tells when a lock is let go, and blocking in flock() has no limit
 
 
-def _try_lock(fd: int, shared: bool = False) -> bool | None:
+def try_lock(fd: int, shared: bool = False) -> bool | None:
     """Whether we have the lock now; None if the file system has no locks."""
     try:
         if sys.platform == "win32":
@@ -576,7 +579,7 @@ def _try_lock(fd: int, shared: bool = False) -> bool | None:
     return True
 
 
-def _is_same_file(fd: int, path: str) -> bool:
+def is_same_file(fd: int, path: str) -> bool:
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except OSError:

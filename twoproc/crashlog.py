@@ -1,0 +1,1250 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""The session log: what a kernel was asked and what it answered, on disk before anybody else hears of it.
+
+A kernel may die in the middle of a cell.  What it did until then is read from files that it wrote as it went:
+
+    S.lock    locked by the operating system for as long as the kernel lives, removed when it ends properly
+    S.log     one JSON object a line: `begin` before a cell runs, its outputs as they are published, `end`
+    S.bulk    the same lines for the outputs beyond a cell's share of the log; a ring of two files, the older S.bulk.1
+    S.fault   where faulthandler writes the line that a fatal signal struck
+
+Three states, decided by the operating system and not by process numbers, which are given out again:
+no lock file, the session was closed; its lock is held, it is alive; its lock is free, it died.
+
+1. SessionLog, the kernel's side.  `begin` is called by main, the rest by twoproc-io in the order of the outbox.
+   Nothing here raises into a cell: a failure is one warning, records are counted as lost, each later record tries
+   again, and the first that fits is followed by a note that says how many are missing.
+2. LoggedSession, for whoever reads a log.  It believes a line only if its checksum is right, and never raises
+   for what a file contains.
+3. sessions, find, prune, note_exit: the folder.  main: the command line.
+
+The format, with examples, is in docs/crashlog.md.  What is made of a dead session is recovery.py's.
+"""
+from __future__ import annotations
+
+import bisect
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from queue import SimpleQueue
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from zlib import crc32
+
+from . import __version__, connection
+from .connection import ConnectionFileError, is_same_file, open_private, try_lock
+
+VERSION = 1
+
+# Each kind of record, and the members a reader relies on. Members and kinds that are not here are kept as they are.
+KINDS: dict[str, dict[str, Any]] = {
+    "open": {"pid": int, "conn": str, "prev": str, "marks": dict},
+    "begin": {"of": str, "ec": int, "hdr": dict},
+    "out": {"seq": int, "type": str, "content": dict},
+    "stdin": {"of": str, "prompt": str, "password": bool},
+    "cut": {"first": int, "last": int, "records": int, "bytes": int},
+    "end": {"of": str, "ok": bool, "ms": (int, float)},
+    "note": {"what": str},
+    "close": {"why": str, "restart": bool},
+    "exit": {"status": int, "signal": str},
+    "recovered": {"by": str, "how": str},
+}
+OUTPUTS = ("stream", "display_data", "execute_result", "update_display_data", "error", "clear_output")
+
+CELLS = 1000            # cells whose output is still known to be theirs: a thread may print for a cell long ended
+SPAN = 64 << 10         # bytes of a file between two entries of the index
+SPANS = 20_000          # entries of the index
+RETRY_SECONDS = 1.0     # between two attempts to open the files, but for cells, which each try
+WARN_SECONDS = 60.0     # between two warnings
+SYNC_SECONDS = 1.0      # from a record to its fsync
+TAIL = 4096             # bytes at the end of a log in which a `close` is looked for
+
+
+class StateError(Exception):
+    """What is wrong with the state folder or a name in it, in one line.  exit_code: 2 not found, 5 unsafe to use."""
+
+    def __init__(self, message: str, exit_code: int = 5) -> None:
+        super().__init__(" ".join(message.splitlines()))
+        self.exit_code = exit_code
+
+
+class LockedError(StateError):
+    """The session is alive, or somebody else is recovering it, or it is gone."""
+
+
+class Limits(NamedTuple):
+    """docs/configuration.md, section recovery, says what each is for; the first three are bytes."""
+    per_cell: int = 256 << 10
+    log: int = 64 << 20
+    backlog: int = 64 << 20
+    fsync: str = "interval"
+    keep_crashed: int = 20
+    keep_days: int = 30
+    keep_closed: int = 0
+
+
+class Page(NamedTuple):
+    """Some of a living session's records, in order.
+
+    records: lines without their newline.  parents: the header, as JSON, of cells whose `begin` is not among them.
+    next_seq: where to ask on, None at the end.  cut: something of what was asked for is no longer kept.
+    """
+    records: list[bytes]
+    parents: dict[str, bytes]
+    next_seq: int | None
+    cut: bool
+
+
+def state_folder() -> str:
+    """Where sessions are remembered: $TWOPROC_STATE, else $XDG_STATE_HOME/twoproc, else ~/.local/state/twoproc.
+
+    Made if missing.  Raises StateError, exit code 5, when it is not ours alone.
+    """
+    chosen = os.environ.get("TWOPROC_STATE", "")
+    if chosen and not os.path.isabs(chosen):
+        raise StateError(f"TWOPROC_STATE = {chosen}: give the whole path, several folders use it")
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME", "")
+    if not os.path.isabs(base):     # the base directory specification: a relative one is to be ignored
+        base = os.path.expanduser("~/.local/state")
+    folder = chosen or os.path.join(base, "twoproc")
+    if not os.path.isabs(folder):
+        raise StateError("no home folder is known: set HOME, or TWOPROC_STATE to a folder that you can write")
+    try:
+        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+        return connection.private_folder(folder, "TWOPROC_STATE")
+    except OSError as error:
+        raise StateError(f"{folder}: {error.strerror}; set TWOPROC_STATE to a folder that you can write") from error
+    except ConnectionFileError as error:
+        raise StateError(str(error)) from error
+
+
+def sessions_folder() -> str:
+    """<state folder>/sessions, made and looked at in the same way."""
+    try:
+        return connection.private_folder(os.path.join(state_folder(), "sessions"), "TWOPROC_STATE")
+    except ConnectionFileError as error:
+        raise StateError(str(error)) from error
+
+
+def is_private(code: str) -> bool:
+    """Whether the first line of a cell is `%%private`: then of the cell only hash and length are kept."""
+    return code.lstrip()[:10].rstrip() == "%%private"
+
+
+# -- one record, one line
+
+def seal(*parts: bytes) -> bytes:
+    """The line of a record: the JSON object that `parts` begin, without its closing brace, and its checksum."""
+    crc = 0
+    for part in parts:      # not joined first: an image of some megabytes is copied once, not twice
+        crc = crc32(part, crc)
+    return b"".join((*parts, b',"crc":"%08x"}\n' % crc32(b"}", crc)))
+
+
+def is_intact(line: bytes) -> bool:
+    """Whether this is a whole line as `seal` made it; without its newline."""
+    return line[-18:] == b',"crc":"%08x"}' % crc32(b"}", crc32(memoryview(line)[:-18]))
+
+
+_TYPES = {name: b',"type":"%b","content":' % name.encode("ascii") for name in OUTPUTS}
+
+# What a line begins with. The members of a record come in this order, so that no JSON is parsed to find a line.
+_HEAD = re.compile(rb'\{"n":(\d{1,15}),"k":"(\w{1,20})","t":-?[\d.]{1,20}'
+                   rb'(?:,"seq":(\d{1,15}))?(?:,"of":("(?:[^"\\]|\\.)*"))?')
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The record of one line, None if the line is damaged, or was written by something else."""
+    if not is_intact(line):
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    # A right checksum says that the line is as it was written, not that it was we who wrote it.
+    if type(record) is not dict or type(record.get("n")) is not int or type(record.get("k")) is not str:
+        return None
+    if not isinstance(record.get("t"), (int, float)) or not abs(record["t"]) < 1e11:
+        return None
+    wanted = KINDS.get(record["k"], {})
+    return record if all(isinstance(record.get(name), kind) for name, kind in wanted.items()) else None
+
+
+def _embed(raw: bytes) -> bytes:
+    """JSON that came from a client, as part of a line: ASCII, no newline."""
+    if raw.isascii() and b"\n" not in raw:
+        return raw
+    try:
+        return json.dumps(json.loads(raw)).encode("ascii")
+    except (ValueError, RecursionError):
+        return b"{}"
+
+
+def _text(value: str | None) -> bytes:
+    return json.dumps(value).encode("ascii")
+
+
+# -- 1. The kernel's side --------------------------------------------------------------------------
+
+class _File:
+    """A file that records are appended to: each is in it entirely, or not at all."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self.fd = open_private(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        except FileExistsError:
+            self.fd = open_private(path, os.O_RDWR | os.O_APPEND)
+        found = os.fstat(self.fd)
+        self.path, self.size, self.is_torn = path, found.st_size, False
+        self._identity = found.st_dev, found.st_ino
+        self.first_n = self.last_n = self.records = 0       # kept for S.bulk: what goes when the ring turns
+        self.first_seq = self.last_seq = 0
+
+    def append(self, data: bytes) -> None:
+        if self.is_torn:
+            self._restore()
+        written = os.write(self.fd, data)
+        if written != len(data):
+            self.is_torn = True         # stays so if the next line fails: then it is tried before the next record
+            self._restore()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
+        self.size += written
+
+    def _restore(self) -> None:
+        os.ftruncate(self.fd, self.size)
+        self.is_torn = False
+
+    def is_sound(self) -> bool:
+        """Whether the descriptor is still this file, and the file still has a name.
+
+        A cell may close descriptors that are not its own, and open others under their numbers; and who cleans
+        up a home folder does not ask which of its files are in use.
+        """
+        try:
+            found = os.fstat(self.fd)
+        except OSError:
+            self.fd = -1
+            return False
+        if (found.st_dev, found.st_ino) != self._identity:
+            self.fd = -1                # somebody else's now, and not ours to close
+            return False
+        return found.st_nlink > 0
+
+    def sync(self) -> None:
+        getattr(os, "fdatasync", os.fsync)(self.fd)
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class _Cell:
+    """What has become of the output of one cell.  room: what is left of its first half, which goes to S.log."""
+
+    __slots__ = ("of", "parent", "room", "is_private", "is_ended", "tail", "tail_bytes", "first", "records", "bytes")
+
+    def __init__(self, of: bytes, parent: bytes, room: int, is_private: bool = False) -> None:
+        self.of, self.parent, self.room, self.is_private = of, parent, room, is_private
+        self.is_ended = False
+        self.tail: deque[tuple[int, int, bytes]] = deque()      # (n, seq, line): its newest half, while it runs
+        self.tail_bytes = self.first = self.records = self.bytes = 0
+
+
+class _Span:
+    """An entry of the index: these bytes of that file hold the records from `seq` and `n` on; no file: gone."""
+
+    __slots__ = ("seq", "n", "file", "start", "end")
+
+    def __init__(self, seq: int, n: int, file: _File | None, start: int, end: int) -> None:
+        self.seq, self.n, self.file, self.start, self.end = seq, n, file, start, end
+
+    def lines(self) -> Iterator[tuple[int, int, bytes, bytes]]:
+        """(n, seq, of, line) of each record that has its place among the messages; OSError."""
+        if self.file is None:
+            return
+        for line in os.pread(self.file.fd, self.end - self.start, self.start).split(b"\n"):
+            found = _HEAD.match(line)
+            if found and found[3] and is_intact(line):
+                yield int(found[1]), int(found[3]), found[4] or b"", line
+
+
+class SessionLog:
+    """The log of the session that this process is.
+
+    One threading.Lock around everything that writes: main begins cells while twoproc-io logs the output of the
+    one before.  It is held for one record, never while `warn` is called, which may print, which may be logged.
+    """
+
+    def __init__(self, conn: str, limits: Limits = Limits(), warn: Callable[[str], None] = lambda text: None) -> None:
+        """Take the lock and open the files.  conn: the connection file, the name that a restarted kernel shares.
+
+        warn(text): told once when nothing can be recorded.  It must not raise.
+        """
+        self.conn, self.limits = conn, limits
+        self.id = "%s-%d-%s" % (time.strftime("%Y%m%dT%H%M%S", time.gmtime()), os.getpid(), os.urandom(3).hex())
+        self.folder = ""
+        self.prev: LoggedSession | None = None
+        self.fault: Any = None
+        self._warn, self._warned_at = warn, -WARN_SECONDS
+        self._lock = threading.Lock()
+        self._lock_file: _File | None = None
+        self._log: _File | None = None
+        self._bulk: _File | None = None
+        self._old_bulk: _File | None = None
+        self._opening = b""             # the members of the `open` record: also the first of a file made anew
+        self._n = 0
+        self._seq = 0                   # the newest message published, of any type
+        self._trouble: str | None = None
+        self._lost = 0
+        self._tried_at = 0.0
+        self._is_closed = False
+        self._cells: dict[bytes, _Cell] = {}        # by the header of the request, as it came
+        self._parents: dict[bytes, bytes] = {}      # the header by its msg_id
+        self._no_cell = _Cell(b"", b"", limits.per_cell >> 1)
+        self._no_cell.is_ended = True
+        self._private_key = os.urandom(32)          # never written: a hash tells nobody else what the code was
+        self._spans: list[_Span] = []
+        self._tails: deque[_Span] = deque(maxlen=CELLS)     # lines of S.bulk that are in S.log as well
+        self._begins: deque[_Span] = deque(maxlen=CELLS)
+        self._is_dirty = False
+        self._wake: SimpleQueue[bool] = SimpleQueue()
+        self._ending = threading.Event()
+        try:
+            self.prev = _predecessor(conn)
+        except (StateError, OSError):
+            pass                        # opening the files fails for the same reason, and says so
+        try:
+            with self._lock:
+                self._open_files()
+        except Exception as error:      # whatever it is, the kernel starts
+            self._fail(error, 0)
+
+    @property
+    def is_on(self) -> bool:
+        return self._log is not None and self._trouble is None and not self._is_closed
+
+    # -- called by main
+
+    def open(self, ipython_version: str) -> None:
+        """Write the first record."""
+        host, boot = _host(), _boot()
+        members = {
+            "v": VERSION, "pid": os.getpid(), "started": _started(os.getpid()) or "", "boot": boot, "host": host,
+            "user": os.environ.get("USER") or os.environ.get("USERNAME") or "", "python": sys.version.split()[0],
+            "ipython": ipython_version, "twoproc": __version__, "cwd": _working_folder(), "argv": sys.argv,
+            "conn": self.conn, "prev": self.prev.id if self.prev else "",
+            "marks": self.prev.marks() if self.prev else {}}
+        opening = b"," + json.dumps(members).encode("ascii")[1:-1]
+        self._record(b"open", opening)
+        self._opening = opening
+
+    def begin(self, parent: bytes, msg_id: str, code: str, ec: int, cell_id: Any = None, file: str = "") -> None:
+        """A cell is about to run.  parent: the header of its request, as it came; file: its name in tracebacks."""
+        self._begin(parent, msg_id, b',"ec":%d,"code":%b,"file":%b,"cell":%b' % (
+            ec, _text(code), _text(file), _text(cell_id if isinstance(cell_id, str) else None)), False)
+
+    def begin_private(self, parent: bytes, msg_id: str, code: str, ec: int) -> None:
+        """The same for a cell of which only hash and length are kept, and no output."""
+        digest = hashlib.blake2b(code.encode("utf-8", "surrogatepass"), key=self._private_key, digest_size=16)
+        self._begin(parent, msg_id, b',"ec":%d,"hash":"%b","length":%d' % (
+            ec, digest.hexdigest().encode("ascii"), len(code)), True)
+
+    def _begin(self, parent: bytes, msg_id: str, members: bytes, is_private: bool) -> None:
+        if self._is_closed:
+            return
+        of = _text(msg_id)
+        with self._lock:
+            self._cells[parent] = _Cell(of, parent, self.limits.per_cell >> 1, is_private)
+            self._parents[of] = parent
+            if len(self._cells) > CELLS:
+                del self._parents[self._cells.pop(next(iter(self._cells))).of]
+        self._record(b"begin", b'%b,"hdr":%b' % (members, _embed(parent)), of)
+
+    # -- called by twoproc-io
+
+    def published(self, msg_type: str, seq: int, content: bytes, parent: bytes, metadata: bytes = b"{}") -> None:
+        """A message is about to be sent on iopub; to be called for each, also for those that are not recorded."""
+        self._seq = seq
+        if msg_type not in _TYPES or self._is_closed:
+            return
+        cell = self._cells.get(parent)
+        if cell is None:
+            if b"execute_request" in parent:    # a silent one, or one that is long forgotten
+                return
+            cell = self._no_cell
+        if cell.is_private:
+            return
+        more = b"" if metadata == b"{}" else b',"metadata":' + metadata
+        self._record(b"out", _TYPES[msg_type], cell.of, seq, cell, content + more)
+
+    def asked(self, parent: bytes, prompt: str, password: bool) -> None:
+        """A cell asks for input; what is answered is never recorded."""
+        cell = self._cells.get(parent)
+        if cell is not None and not cell.is_private:
+            self._record(b"stdin", b',"prompt":%b,"password":%b' % (_text(prompt), b"true" if password else b"false"),
+                         cell.of)
+
+    def end(self, parent: bytes, ok: bool, seconds: float, seq: int) -> None:
+        cell = self._cells.get(parent)
+        if cell is None or self._is_closed:
+            return
+        self._finish(cell)
+        self._record(b"end", b',"ok":%b,"ms":%.3f' % (b"true" if ok else b"false", seconds * 1000), cell.of, seq)
+
+    # -- called by any thread
+
+    def note(self, what: str, **members: Any) -> None:
+        self._record(b"note", b"," + json.dumps({"what": what, **members}, default=str).encode("ascii")[1:-1])
+
+    def close(self, why: str, keep: bool = False) -> None:
+        """The session ends properly; its files go, unless a restarted kernel is to find them (keep)."""
+        if self._is_closed:
+            return
+        for cell in list(self._cells.values()):
+            self._finish(cell)
+        self._record(b"close", b',"why":%b,"restart":%b' % (_text(why), b"true" if keep else b"false"))
+        with self._lock:
+            self._is_closed = True
+            self._ending.set()
+            self._wake.put(False)
+            keep = keep or self.limits.keep_closed > 0
+            base = os.path.join(self.folder, self.id)
+            for suffix in () if keep else (".bulk", ".bulk.1", ".fault", ".log"):
+                with contextlib.suppress(OSError):
+                    os.unlink(base + suffix)
+            # The lock goes last, and while it is held: who finds it free finds a session that died. If we are
+            # killed in between, the log's `close` record, or its absence, says so.
+            if self._lock_file is not None:
+                with contextlib.suppress(OSError):
+                    if self._lock_file.is_sound():
+                        os.unlink(base + ".lock")
+            self._close_files()
+        if self.prev is not None and self.limits.keep_closed == 0:
+            with contextlib.suppress(StateError, OSError):
+                if self.prev.is_restarted:
+                    self.prev.drop()
+
+    def close_in_child(self) -> None:
+        """In a child of fork: let go of everything.  An flock is shared with the child, and would outlive the kernel.
+
+        The lock of our own is left alone: another thread may have held it when the fork came.
+        """
+        self._is_closed = True
+        if self.fault is not None:
+            # faulthandler keeps the number. From here on it tells the child's story where the child's errors go.
+            with contextlib.suppress(OSError):
+                os.dup2(2, self.fault.fileno(), inheritable=False)
+        self._lock = threading.Lock()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for file in (self._log, self._bulk, self._old_bulk, self._lock_file):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    # -- the one place that writes
+
+    def _record(self, kind: bytes, members: bytes, of: bytes = b"", seq: int | None = None, cell: _Cell | None = None,
+                content: bytes = b"") -> None:
+        """Append one record.  seq: the number of its message; None: of the next one, for what has an `of`."""
+        try:
+            with self._lock:
+                if self._is_closed:
+                    return
+                if kind == b"begin" and self._log is not None:
+                    self._check_files()
+                is_open = self._log is not None or self._reopen(at_once=kind == b"begin")
+                self._n = n = self._n + 1
+                if not is_open:
+                    self._lost += 1
+                    return
+                if of:
+                    place = self._seq + 1 if seq is None else seq
+                    head = b'{"n":%d,"k":"%b","t":%.3f,"seq":%d,"of":%b%b' % (n, kind, time.time(), place, of, members)
+                elif seq is not None:
+                    head = b'{"n":%d,"k":"%b","t":%.3f,"seq":%d%b' % (n, kind, time.time(), seq, members)
+                else:
+                    head = b'{"n":%d,"k":"%b","t":%.3f%b' % (n, kind, time.time(), members)
+                line = seal(head, content) if content else seal(head)
+                file = self._log if cell is None else self._file_for(cell, n, seq or 0, line)
+                self._append(file, line, n)
+                if kind == b"begin":
+                    self._begins.append(_Span(self._seq + 1, n, file, file.size - len(line), file.size))
+                if self._trouble is not None:
+                    self._resume()
+        except Exception as error:      # a full disk, a folder taken away, a fault of ours: none of them a cell's
+            self._fail(error)
+
+    def _append(self, file: _File | None, line: bytes, n: int) -> None:
+        assert file is not None
+        start = file.size
+        file.append(line)
+        if self.limits.fsync == "always":
+            file.sync()
+        elif not self._is_dirty:
+            self._is_dirty = True
+            self._wake.put(True)
+        spans = self._spans
+        if spans and spans[-1].file is file and spans[-1].end == start and start - spans[-1].start < SPAN:
+            spans[-1].end = file.size
+        else:
+            spans.append(_Span(self._seq, n, file, start, file.size))
+            if len(spans) > SPANS:
+                spans[:SPANS // 10] = [_Span(spans[0].seq, spans[0].n, None, 0, 0)]
+
+    def _fail(self, error: Exception, lost: int = 1) -> None:
+        with self._lock:
+            self._lost += lost
+            is_news = self._trouble is None and time.monotonic() - self._warned_at > WARN_SECONDS
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self._trouble = "%s: %s" % (type(error).__name__, reason)
+            if is_news:
+                self._warned_at = time.monotonic()
+        if is_news:
+            with contextlib.suppress(Exception):    # our caller runs a cell, whatever becomes of a warning
+                self._warn("the session log cannot be written (%s): cells run on, what they do is not recorded "
+                           "until that is mended" % reason)
+
+    def _resume(self) -> None:
+        """A record was written again after some were not."""
+        self._n = n = self._n + 1
+        self._append(self._log, seal(b'{"n":%d,"k":"note","t":%.3f,"what":"resumed","lost":%d,"because":%b' % (
+            n, time.time(), self._lost, _text(self._trouble))), n)
+        self._trouble, self._lost = None, 0
+
+    # -- files
+
+    def _reopen(self, at_once: bool) -> bool:
+        # Not for each record of a flood: the folder is looked at anew each time.
+        if not at_once and time.monotonic() - self._tried_at < RETRY_SECONDS:
+            return False
+        self._open_files()
+        return True
+
+    def _open_files(self) -> None:
+        self._tried_at = time.monotonic()
+        self.folder = sessions_folder()
+        base = os.path.join(self.folder, self.id)
+        if self._lock_file is None:
+            self._lock_file = self._make_lock(base + ".lock")
+        log = _File(base + ".log")
+        if log.size == 0 and self._opening:     # made late, or anew in place of one that was taken away
+            self._n = n = self._n + 1
+            log.append(seal(b'{"n":%d,"k":"open","t":%.3f%b' % (n, time.time(), self._opening)))
+        self._log = log
+        if self.fault is None:
+            self.fault = os.fdopen(open_private(base + ".fault", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "wb", 0)
+
+    def _make_lock(self, path: str) -> _File:
+        """The lock file, locked before it has its name: nobody ever sees it free while we live."""
+        temporary = "%s.%s.tmp" % (path, os.urandom(4).hex())
+        try:
+            file = _File(temporary)
+            try:
+                is_locked = try_lock(file.fd)
+                holder = {"session": self.id, "pid": os.getpid(), "started": _started(os.getpid()) or "",
+                          "boot": _boot(), "host": _host(), "conn": self.conn, "cwd": _working_folder(),
+                          "locking": "none" if is_locked is None else "flock"}
+                file.append(json.dumps(holder).encode("ascii") + b"\n")
+                os.rename(temporary, path)
+            except BaseException:
+                file.close()
+                raise
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        return file
+
+    def _check_files(self) -> None:
+        """Once for each cell: what is no longer ours is opened anew."""
+        if self._lock_file is not None and not self._lock_file.is_sound():
+            self._lock_file.close()
+            self._lock_file = None
+        if self._log is not None and (self._lock_file is None or not self._log.is_sound()):
+            self._gone(self._log)
+            self._log = None
+        if self._bulk is not None and not self._bulk.is_sound():
+            self._gone(self._bulk)
+            self._bulk = None
+
+    def _file_for(self, cell: _Cell, n: int, seq: int, line: bytes) -> _File:
+        """S.log for the first half of a cell's output, S.bulk for the rest; its newest half is kept for the end."""
+        assert self._log is not None
+        if len(line) <= cell.room and self._log.size + len(line) <= self.limits.log:
+            cell.room -= len(line)
+            return self._log
+        cell.room = 0                   # what comes now is later, also where a smaller one would fit
+        if not cell.is_ended:
+            cell.first = cell.first or n
+            cell.records += 1
+            cell.bytes += len(line)
+            cell.tail.append((n, seq, line))
+            cell.tail_bytes += len(line)
+            while cell.tail_bytes > self.limits.per_cell >> 1:
+                cell.tail_bytes -= len(cell.tail.popleft()[2])
+        if self._bulk is not None and self._bulk.size and self._bulk.size + len(line) > self.limits.backlog:
+            self._turn()
+        if self._bulk is None:
+            self._bulk = _File(os.path.join(self.folder, self.id + ".bulk"))
+        bulk = self._bulk
+        if not bulk.records:
+            bulk.first_n, bulk.first_seq = n, seq
+        bulk.last_n, bulk.last_seq = n, seq
+        bulk.records += 1
+        return bulk
+
+    def _turn(self) -> None:
+        """S.bulk is full: it becomes S.bulk.1, and the one that was S.bulk.1 is gone."""
+        base = os.path.join(self.folder, self.id)
+        os.rename(base + ".bulk", base + ".bulk.1")
+        gone, self._old_bulk, self._bulk = self._old_bulk, self._bulk, None
+        if gone is not None:
+            self._gone(gone)
+            self._n = n = self._n + 1   # greater than the n of the record we are about to write; order is by seq there
+            self._append(self._log, seal(b'{"n":%d,"k":"cut","t":%.3f,"first":%d,"last":%d,"records":%d,"bytes":%d' % (
+                n, time.time(), gone.first_n, gone.last_n, gone.records, gone.size)), n)
+
+    def _gone(self, file: _File) -> None:
+        """Forget where in this file things were; what of it is in S.log as well is found there from now on."""
+        for span in self._spans:
+            if span.file is file:
+                span.file = None
+        for tail in [tail for tail in self._tails if file.first_seq <= tail.seq <= file.last_seq]:
+            self._tails.remove(tail)
+            bisect.insort(self._spans, tail, key=lambda span: span.seq)
+        self._spans = [span for before, span in zip([None, *self._spans], self._spans)
+                       if span.file is not None or before is None or before.file is not None]
+        self._begins = deque((begin for begin in self._begins if begin.file is not file), CELLS)
+        file.close()
+
+    def _finish(self, cell: _Cell) -> None:
+        """A cell has ended: what was cut out of the middle of its output, and the newest half again, for S.log."""
+        cell.is_ended = True
+        if not cell.records:
+            return
+        try:
+            with self._lock:
+                if self._is_closed or self._log is None:
+                    return
+                lines = [line for _, _, line in cell.tail]
+                if self._log.size + cell.tail_bytes > self.limits.log:
+                    lines = []
+                dropped, first_kept = cell.records - len(lines), cell.tail[0] if lines else None
+                if dropped:
+                    self._n = n = self._n + 1
+                    self._append(self._log, seal(
+                        b'{"n":%d,"k":"cut","t":%.3f,"of":%b,"first":%d,"last":%d,"records":%d,"bytes":%d' % (
+                            n, time.time(), cell.of, cell.first, (first_kept[0] if first_kept else n) - 1, dropped,
+                            cell.bytes - sum(map(len, lines)))), n)
+                if first_kept:
+                    start = self._log.size
+                    self._log.append(b"".join(lines))       # one write for all: they were written before
+                    self._tails.append(_Span(first_kept[1], first_kept[0], self._log, start, self._log.size))
+        except Exception as error:
+            self._fail(error, 0)
+        finally:
+            cell.tail.clear()
+            cell.records = 0
+
+    # -- thread twoproc-log: sleeps until something was written, then syncs once for all of a second
+
+    def start_sync(self, own_thread: Callable[[str, Callable[[], None]], Any]) -> None:
+        """own_thread: channels.own_thread, or another starter of threads.  The thread ends with `close`."""
+        if self.limits.fsync == "interval":
+            own_thread("twoproc-log", self._sync)
+
+    def _sync(self) -> None:
+        while self._wake.get():
+            self._ending.wait(SYNC_SECONDS)
+            self._is_dirty = False      # before the sync: what is written during it has its own
+            try:
+                for file in (self._log, self._bulk):
+                    if file is not None and not self._is_closed:
+                        file.sync()
+            except Exception as error:  # the outermost loop of a thread
+                if not self._is_closed:
+                    self._fail(error, 0)
+
+    # -- for the living kernel's clients, by twoproc-io
+
+    def recent(self, cells: int | None, max_bytes: int) -> Page:
+        """The newest cells (None: all that are known) and what was published since, about `max_bytes` at most.
+
+        When that is too much, all codes are preferred to old output, and new output to old.
+        """
+        with self._lock:
+            begins = list(self._begins)[-cells if cells else None:] if cells != 0 else []
+            spans = list(self._spans)
+        found: dict[int, tuple[bytes, bytes]] = {}      # n: (of, line)
+        size, cut = 0, False
+        for begin in reversed(begins):
+            if size + begin.end - begin.start > max_bytes >> 1 and found:
+                cut = True
+                break
+            for n, _, of, line in self._lines_of(begin):
+                found[n] = of, line
+                size += len(line)
+        if not found:
+            return Page([], {}, None, False)
+        oldest = min(found)
+        for index in range(len(spans) - 1, -1, -1):
+            span = spans[index]
+            if index + 1 < len(spans) and spans[index + 1].n <= oldest:
+                break
+            cut = cut or span.file is None
+            for n, _, of, line in reversed(self._lines_of(span)):
+                if n < oldest or n in found:
+                    continue
+                size += len(line)
+                if size > max_bytes:
+                    return self._make_page(found, None, True)
+                found[n] = of, line
+        return self._make_page(found, None, cut)
+
+    def between(self, first_seq: int, last_seq: int, max_bytes: int) -> Page:
+        """The records of the messages with these numbers, as many as fit, but one at least."""
+        with self._lock:
+            at = max(0, bisect.bisect_left(self._spans, first_seq, key=lambda span: span.seq) - 1)
+            to = bisect.bisect_right(self._spans, last_seq + 1, key=lambda span: span.seq, lo=at)
+            spans = self._spans[at:to + 1]
+        found: dict[int, tuple[bytes, bytes]] = {}
+        size, cut, newest = 0, False, 0
+        for index, span in enumerate(spans):
+            if span.file is None and span.seq <= last_seq:
+                cut = cut or index + 1 == len(spans) or spans[index + 1].seq > first_seq
+            for n, seq, of, line in self._lines_of(span):
+                if n in found or not first_seq <= seq <= last_seq:
+                    continue
+                if found and size + len(line) > max_bytes and seq > newest:
+                    return self._make_page(found, seq, cut)
+                found[n] = of, line
+                size += len(line)
+                newest = max(seq, newest)
+        return self._make_page(found, None, cut)
+
+    @staticmethod
+    def _lines_of(span: _Span) -> list[tuple[int, int, bytes, bytes]]:
+        try:
+            return list(span.lines())
+        except OSError:
+            return []
+
+    def _make_page(self, found: dict[int, tuple[bytes, bytes]], next_seq: int | None, cut: bool) -> Page:
+        records = [found[n] for n in sorted(found)]
+        begun = {of for of, line in records if b'"k":"begin"' in line[:40]}
+        parents = {json.loads(of): _embed(self._parents[of]) for of, _ in records
+                   if of in self._parents and of not in begun}
+        return Page([line for _, line in records], parents, next_seq, cut)
+
+
+def _predecessor(conn: str) -> LoggedSession | None:
+    """The session that a kernel with this connection file replaces: it died, or was closed for a restart."""
+    same = [session for session in sessions() if session.opened.get("conn") == conn]
+    # By name, which is by date, and dates may be set back: so what another one has replaced is left out.
+    replaced = {session.opened["prev"] for session in same}
+    for session in same:
+        if session.id not in replaced and (session.is_restarted or session.state() == "died"):
+            return session
+    return None
+
+
+# -- who, and where
+
+def _host() -> str:
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+
+
+def _boot() -> str:
+    """What changes with every start of the machine; empty where there is no such thing."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str | None:
+    """When the process was started, in ticks since the boot; None if there is no such process, "" if nobody says."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return None if fields[0] in b"ZX" else fields[19].decode("ascii")
+    except FileNotFoundError:
+        return None if os.path.exists("/proc/self/stat") else ""
+    except (OSError, IndexError):
+        return ""
+
+
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:         # removed
+        return ""
+
+
+# -- 2. Reading ------------------------------------------------------------------------------------
+
+class LoggedCell:
+    """One cell of a log.  code: None for a private one, of which `length` is known; ok, ms: None while not ended.
+
+    outputs: the contents of its messages, each with its `type`, as {"type", "content", "metadata"}.
+    cut: how many of its outputs are no longer kept.
+    """
+
+    def __init__(self, begin: dict[str, Any]) -> None:
+        self.of: str = begin["of"]
+        self.n: int = begin["n"]
+        self.t: float = begin["t"]
+        self.ec: int = begin["ec"]
+        self.header: dict[str, Any] = begin["hdr"]
+        self.code: str | None = begin["code"] if type(begin.get("code")) is str else None
+        self.length: int = begin["length"] if type(begin.get("length")) is int else len(self.code or "")
+        self.cell_id: str | None = begin["cell"] if type(begin.get("cell")) is str else None
+        self.file: str = begin["file"] if type(begin.get("file")) is str else ""
+        self.outputs: list[dict[str, Any]] = []
+        self.is_ended = False
+        self.ok: bool | None = None
+        self.ms: float | None = None
+        self.cut = 0
+
+
+class LoggedSession:
+    """A session by its files.  Nothing that they contain makes a method raise."""
+
+    def __init__(self, folder: str, name: str) -> None:
+        self.folder, self.id = folder, name
+        self._held = -1
+        self._opened: dict[str, Any] | None = None
+        self._checked: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"<LoggedSession {self.id}>"
+
+    def path(self, suffix: str) -> str:
+        return os.path.join(self.folder, self.id + suffix)
+
+    # -- alive or not
+
+    def state(self) -> str:
+        """"closed", "alive", "died"; "unknown" if it ran on another machine, or nobody can tell."""
+        for _ in range(100):            # each round is a lock file replaced in the moment we looked
+            try:
+                fd = open_private(self.path(".lock"), os.O_RDONLY)
+            except FileNotFoundError:
+                return "closed"
+            except (OSError, ConnectionFileError):
+                return "unknown"
+            try:
+                # Shared: two who look do not see each other, and a recoverer does not hide that this one is dead.
+                is_free = try_lock(fd, shared=True)
+                if is_free is False:
+                    return "alive"
+                if is_same_file(fd, self.path(".lock")):
+                    found = self._judge(fd, bool(is_free))
+                    # Killed between its `close` record and the end of it.
+                    return "closed" if found == "died" and self.closed is not None else found
+            finally:
+                os.close(fd)
+        return "unknown"
+
+    def _judge(self, fd: int, has_locks: bool) -> str:
+        """A lock that nobody holds, or a file system that has none."""
+        try:
+            holder = json.loads(os.pread(fd, 65536, 0))
+        except (OSError, ValueError, RecursionError):
+            holder = None
+        if not isinstance(holder, dict):
+            holder = self.opened        # the machine lost power before the lock file had reached its disk
+        host, boot = holder.get("host", _host()), holder.get("boot", "")
+        is_same_boot = boot == _boot() and boot != ""
+        if has_locks and holder.get("locking", "flock") == "flock":
+            # Some network file systems keep locks to themselves: free here may be held there.
+            return "died" if is_same_boot or host == _host() else "unknown"
+        if host != _host() or not boot or not _boot() or type(holder.get("pid")) is not int:
+            return "unknown"
+        if not is_same_boot:
+            return "died"
+        started = _started(holder["pid"])
+        if started is None or started != holder.get("started"):
+            return "died" if started != "" else "unknown"
+        return "alive"
+
+    @property
+    def closed(self) -> dict[str, Any] | None:
+        """Its `close` record, None without one."""
+        for line in reversed(self._read(".log", TAIL).split(b"\n")[:-1]):
+            if b'"k":"close"' in line[:40]:
+                return parse(line)
+            if b'"k":"exit"' not in line[:40] and b'"k":"recovered"' not in line[:40]:
+                break
+        return None
+
+    @property
+    def closed_why(self) -> str | None:
+        record = self.closed
+        return record["why"] if record else None
+
+    @property
+    def is_restarted(self) -> bool:
+        """Closed for a restart: kept for the kernel that follows."""
+        record = self.closed
+        return record is not None and record.get("restart") is True and self.state() == "closed"
+
+    # -- what is in it
+
+    @property
+    def opened(self) -> dict[str, Any]:
+        """Its `open` record, {} if there is none."""
+        if self._opened is None:
+            self._opened = {}
+            for line in self._read(".log", -65536).split(b"\n")[:-1]:
+                record = parse(line) if b'"k":"open"' in line[:40] else None
+                if record is not None:
+                    self._opened = record
+                    break
+        return self._opened
+
+    def _read(self, suffix: str, size: int = 0) -> bytes:
+        """A file, or its last `size` bytes, or its first -size bytes; empty if it cannot be read."""
+        try:
+            with open(open_private(self.path(suffix), os.O_RDONLY), "rb") as file:
+                if size > 0:
+                    file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+                return file.read(-size if size < 0 else -1)
+        except (OSError, ConnectionFileError):
+            return b""
+
+    def _lines(self) -> Iterator[bytes]:
+        """Every line of log and bulk, whole or not; what follows the last newline was never finished."""
+        for suffix in (".log", ".bulk.1", ".bulk"):
+            lines = self._read(suffix).split(b"\n")
+            lines.pop()
+            yield from lines
+
+    def outline(self) -> list[dict[str, Any]]:
+        """All records but outputs.  No output is parsed: a log of 64 MB takes a tenth of a second."""
+        lines = self._read(".log").split(b"\n")[:-1]
+        records = [parse(line) for line in lines if b'"k":"out"' not in line[:40]]
+        return sorted((record for record in records if record), key=lambda record: record["n"])
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records in order, each once."""
+        found = {record["n"]: record for record in map(parse, self._lines()) if record}
+        return [found[n] for n in sorted(found)]
+
+    @property
+    def damaged(self) -> int:
+        """How many lines are not what was written."""
+        return self._check()[0]
+
+    @property
+    def lost(self) -> int:
+        """How many records are missing, and no `cut` says that they would be."""
+        return self._check()[1]
+
+    def _check(self) -> tuple[int, int]:
+        if self._checked is None:
+            damaged, numbers, cuts = 0, [0], []
+            for line in self._lines():
+                found = _HEAD.match(line)
+                if not found or not is_intact(line):
+                    damaged += 1
+                    continue
+                numbers.append(int(found[1]))
+                if found[2] == b"cut":
+                    cuts += [record for record in [parse(line)] if record]
+            self._checked = damaged, sum(last - first + 1 for first, last in _unexplained(numbers, cuts))
+        return self._checked
+
+    def cells(self) -> list[LoggedCell]:
+        """The cells in the order in which they were begun, with their outputs."""
+        cells: dict[str, LoggedCell] = {}
+        records = self.records()
+        for record in records:
+            kind, of = record["k"], record.get("of")
+            if kind == "begin":
+                cells[record["of"]] = LoggedCell(record)
+            elif type(of) is str and of in cells:
+                if kind == "out":
+                    metadata = record.get("metadata")
+                    cells[of].outputs.append({"type": record["type"], "content": record["content"],
+                                              "metadata": metadata if type(metadata) is dict else {}})
+                elif kind == "end":
+                    cells[of].is_ended, cells[of].ok, cells[of].ms = True, record["ok"], record["ms"]
+        order = sorted(cells.values(), key=lambda cell: cell.n)
+        starts = [cell.n for cell in order]
+        cuts = [record for record in records if record["k"] == "cut"]
+        for first, last in _gaps(record["n"] for record in records):
+            at = bisect.bisect(starts, first)
+            if at:
+                lost = sum(stop - start + 1 for start, stop in _unexplained([first - 1, last + 1], cuts))
+                order[at - 1].cut += last - first + 1 - lost
+        return order
+
+    @property
+    def killer(self) -> LoggedCell | None:
+        """The cell that was running when the session ended."""
+        # The last one begun, or none: an older one without an `end` has lost that record, and nothing else.
+        newest, ended = None, set()
+        for record in self.outline():
+            if record["k"] == "begin":
+                newest = record
+            elif record["k"] == "end":
+                ended.add(record["of"])
+        if newest is None or newest["of"] in ended:
+            return None
+        return next((cell for cell in reversed(self.cells()) if cell.n == newest["n"]), None)
+
+    def marks(self) -> dict[str, str]:
+        """For each client's session the date of its newest request; also those that its predecessors knew."""
+        marks = {name: date for name, date in self.opened.get("marks", {}).items() if type(date) is str}
+        for record in self.outline():
+            if record["k"] == "begin":
+                name, date = record["hdr"].get("session"), record["hdr"].get("date")
+                if type(name) is str and type(date) is str:
+                    marks[name] = max(date, marks.pop(name, date))      # the newest last
+        return dict(list(marks.items())[-CELLS:])
+
+    def fault_text(self) -> str:
+        """What faulthandler wrote; mostly nothing."""
+        return self._read(".fault", -65536).decode("utf-8", "replace")
+
+    # -- what a recoverer does
+
+    @contextlib.contextmanager
+    def take(self, anyway: bool = False) -> Iterator[LoggedSession]:
+        """Hold this session against other recoverers; LockedError if it is alive, or one of them was faster.
+
+        anyway: also if nobody can say whether it is alive.
+        The recoverers' lock is on S.log.  With S.lock itself, a session that is being recovered would look alive.
+        """
+        if self._held >= 0:
+            yield self
+            return
+        try:
+            fd = open_private(self.path(".log"), os.O_RDWR | os.O_APPEND)
+        except (OSError, ConnectionFileError) as error:
+            raise LockedError(f"session {self.id} is gone, or cannot be read ({error})", 2) from error
+        try:
+            if try_lock(fd) is False:
+                raise LockedError(f"session {self.id} is being recovered by somebody else", 3)
+            if not is_same_file(fd, self.path(".log")):     # unlinked between our open and our lock
+                raise LockedError(f"session {self.id} is gone", 2)
+            state = self.state()
+            if state == "alive":
+                raise LockedError(f"session {self.id} is running (pid {self.opened.get('pid')} "
+                                  f"on {self.opened.get('host')})", 3)
+            if state == "unknown" and not anyway:
+                raise LockedError(f"session {self.id} may be running (pid {self.opened.get('pid')} "
+                                  f"on {self.opened.get('host')}): nobody can tell from here", 3)
+            self._held = fd
+            yield self
+        finally:
+            self._held = -1
+            os.close(fd)
+
+    def append(self, k: str, **members: Any) -> None:
+        """Write one more record, under `take`; OSError."""
+        assert self._held >= 0, "take() first"
+        numbers = [int(found[1]) for found in map(_HEAD.match, self._lines()) if found]
+        size = os.fstat(self._held).st_size
+        whole = self._read(".log").rfind(b"\n") + 1
+        if whole < size:                # the last record of its life was torn
+            os.ftruncate(self._held, whole)
+        record = {"n": max(numbers, default=0) + 1, "k": k, "t": round(time.time(), 3), **members}
+        os.write(self._held, seal(json.dumps(record, separators=(",", ":")).encode("ascii")[:-1]))
+        self._checked = None
+
+    def drop(self) -> None:
+        """Remove its files; LockedError if it is alive or somebody recovers it."""
+        with self.take(anyway=True):
+            for suffix in (".bulk", ".bulk.1", ".fault", ".log", ".lock"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path(suffix))
+
+
+def _gaps(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The runs (first, last) of integers that are missing between the smallest and the largest."""
+    order = sorted(numbers)
+    for before, after in zip(order, order[1:]):
+        if after > before + 1:
+            yield before + 1, after - 1
+
+
+def _unexplained(numbers: Iterable[int], cuts: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+    """The gaps, or parts of them, that no `cut` covers."""
+    covered = sorted((cut["first"], cut["last"]) for cut in cuts)
+    for first, last in _gaps(numbers):
+        for start, stop in covered:
+            if stop < first or start > last:
+                continue
+            if start > first:
+                yield first, start - 1
+            first = stop + 1
+        if first <= last:
+            yield first, last
+
+
+# -- 3. The folder ---------------------------------------------------------------------------------
+
+_NAME = re.compile(r"\d{8}T\d{6}-\d+-[0-9a-f]{6}")
+
+
+def sessions() -> list[LoggedSession]:
+    """All sessions that have a log, the newest first; StateError if the folder cannot be used."""
+    folder = sessions_folder()
+    names = {entry[:-4] for entry in os.listdir(folder) if entry.endswith(".log")}
+    return [LoggedSession(folder, name) for name in sorted(filter(_NAME.fullmatch, names), reverse=True)]
+
+
+def find(name: str | None = None) -> LoggedSession:
+    """The session that is meant: by its name or the beginning of it, by its connection file or kernel's name.
+
+    None: the newest that died.  StateError, exit code 2, if there is none, or more than one name begins so.
+    """
+    there = sessions()
+    if name is None:
+        found = [session for session in there if session.state() == "died"][:1]
+    else:
+        found = [session for session in there if session.id.startswith(name)]
+        found = [session for session in found if session.id == name] or found
+        if not found:
+            path = os.path.abspath(os.path.expanduser(name))
+            found = [session for session in there if session.opened.get("conn") == path or
+                     connection.kernel_name_of(session.opened.get("conn", "")) == name][:1]
+    if len(found) != 1:
+        what = "several begin so" if found else "there is no such session"
+        known = ", ".join(session.id for session in (found or there)[:5]) or "none"
+        raise StateError(f"session {name or 'that died'}: {what}; there are: {known}", 2)
+    return found[0]
+
+
+def prune(limits: Limits = Limits()) -> None:
+    """Remove what is older, or more, than is to be kept.  Never what is alive, may be, or is being recovered."""
+    crashed = closed = 0
+    there = sessions()
+    wanted = {session.opened.get("prev") for session in there}
+    for session in there:
+        with contextlib.suppress(StateError, OSError):      # somebody else is faster, or recovers it
+            age = time.time() - os.stat(session.path(".log")).st_mtime
+            state = session.state()
+            if state == "died":
+                crashed += 1
+                is_kept = crashed <= limits.keep_crashed and age < limits.keep_days * 86400
+            elif session.is_restarted:
+                is_kept = session.id in wanted or age < 86400       # the kernel that follows may yet come
+            elif state == "closed":
+                closed += 1
+                is_kept = closed <= limits.keep_closed
+            else:
+                is_kept = True
+            if not is_kept:
+                session.drop()
+    _sweep()
+
+
+def _sweep() -> None:
+    """Remove what is left of sessions that have no log: of one that was killed as it began, or as it ended."""
+    folder = sessions_folder()
+    for entry in os.listdir(folder):
+        name, path = entry.partition(".")[0], os.path.join(folder, entry)
+        if not _NAME.fullmatch(name) or os.path.lexists(os.path.join(folder, name + ".log")):
+            continue
+        with contextlib.suppress(OSError, ConnectionFileError):
+            session = LoggedSession(folder, name)
+            age = time.time() - os.lstat(path).st_mtime
+            if age > 60 and session.state() in ("died", "closed"):
+                os.unlink(path)
+
+
+def note_exit(conn: str, pid: int, status: int) -> bool:
+    """Record how the process ended, if its session died.  status: as subprocess has it, negative for a signal.
+
+    For whoever waited for that process.  False if there is no such session; never raises.
+    """
+    name = ""
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-status).name
+    patience = time.monotonic() + 0.3       # a child that it was just starting holds the lock until it has started
+    with contextlib.suppress(StateError, OSError):
+        for session in sessions():
+            if session.opened.get("conn") == conn and session.opened.get("pid") == pid:
+                while session.state() == "alive" and time.monotonic() < patience:
+                    time.sleep(0.005)
+                if session.state() == "died":
+                    with session.take():
+                        session.append("exit", status=status, signal=name)
+                        return True
+    return False
+
+
+# -- the command line
+
+def make_parser() -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m twoproc.crashlog", description="What became of kernels, and what they had done.")
+    parser.add_argument("-v", "--version", action="version", version=f"twoproc {__version__}")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="all sessions, the newest first (the default)")
+    what.add_argument("--show", metavar="SESSION", help="one session: how it ended, its cells and their output")
+    what.add_argument("--export", nargs=2, metavar=("SESSION", "FILE"), help="write it as FILE.py or FILE.ipynb")
+    what.add_argument("--replay", metavar="SESSION", help="run its cells again, after a question")
+    what.add_argument("--drop", metavar="SESSION", help="remove what is kept of it")
+    parser.add_argument("--into", metavar="KERNEL", help="with --replay: a running kernel; else a new one is started")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, 2 for a session that does not exist, 3 for one in use, 5 for a folder that is not safe."""
+    parser = make_parser()
+    chosen = parser.parse_args(argv)
+    if chosen.into is not None and chosen.replay is None:
+        parser.error("--into: only with --replay")
+    try:
+        if chosen.drop is not None:
+            find(chosen.drop).drop()
+        elif chosen.show is None and chosen.export is None and chosen.replay is None:
+            for session in sessions():
+                print(_summary(session))
+        else:
+            from . import recovery
+
+            if chosen.show is not None:
+                print(*recovery.show(find(chosen.show)), sep="\n")
+            elif chosen.export is not None:
+                recovery.export(find(chosen.export[0]), chosen.export[1])
+            else:
+                return recovery.replay(find(chosen.replay), chosen.into)
+    except StateError as error:
+        print(f"twoproc.crashlog: {error}", file=sys.stderr)
+        return error.exit_code
+    except (OSError, ValueError) as error:
+        print(f"twoproc.crashlog: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _summary(session: LoggedSession) -> str:
+    opened = session.opened
+    cells = sum(record["k"] == "begin" for record in session.outline())
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(opened.get("t", 0)))
+    line = "%s  %-7s  %s  %d cell%s  %s  %s" % (
+        session.id, session.state(), when, cells, "" if cells == 1 else "s",
+        connection.kernel_name_of(opened.get("conn", "?")), opened.get("cwd", "?"))
+    return "".join(letter if letter.isprintable() else "?" for letter in line)     # a folder may be named anything
+
+
+if __name__ == "__main__":
+    sys.exit(main())
