@@ -179,12 +179,15 @@ class Process:
 class Kernel(Process):
     """A kernel process and its connection file."""
 
-    def __init__(self, case, *arguments, command=None, connection=None, home=None, env=None, **others):
+    def __init__(self, case, *arguments, command=None, connection=None, successor_of=None, home=None, env=None,
+                 **others):
         """arguments: appended to the command line; connection: members of a connection file to write
-        before the start, as a Jupyter manager does, instead of letting the kernel write its own."""
-        home = home or Home(case)
+        before the start, as a Jupyter manager does, instead of letting the kernel write its own;
+        successor_of: a Kernel that has ended, whose connection file is used again."""
+        home = home or (successor_of.home if successor_of else Home(case))
         self.case = case
-        self.connection_file = os.path.join(home.run, f"kernel-{uuid.uuid4().hex[:8]}.json")
+        self.connection_file = successor_of.connection_file if successor_of else \
+            os.path.join(home.run, f"kernel-{uuid.uuid4().hex[:8]}.json")
         if connection is not None:
             with open(os.open(self.connection_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 json.dump(connection, file)

@@ -25,11 +25,11 @@ ROOMS = {
     "crashlog": ("connection recovery", ""),
     # the kernel's process
     "streams": ("", ""),
-    "shell": ("session history completion comms", "IPython traitlets"),
-    "history": ("", "IPython traitlets"),
+    "shell": ("session history completion comms crashlog", "IPython traitlets"),
+    "history": ("crashlog", "IPython traitlets"),
     "completion": ("", ""),
     "comms": ("", "comm"),
-    "kernel": ("session channels connection config shell streams launcher", ""),
+    "kernel": ("session channels connection config crashlog recovery shell streams launcher", ""),
     # whoever talks to it
     "client": ("session channels connection", ""),
     "launcher": ("connection client", ""),

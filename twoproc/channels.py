@@ -16,7 +16,6 @@ Sources: ZeroMQ RFC 28 (ROUTER, DEALER), RFC 29 (XPUB, SUB), the messaging speci
 """
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import queue
@@ -184,7 +183,8 @@ class KernelChannels:
     Shared with other threads: `outbox` (any thread puts) and `requests` (twoproc-io puts, main takes).
 
     on_message(channel, message) and on_bad_message(channel, error) are called on twoproc-io for whatever is
-    verified, in the order received, and must not wait for anything.
+    verified, in the order received, and must not wait for anything.  on_publish(msg_type, seq, content, parent,
+    metadata) is called there for whatever is about to be sent on iopub, in the order sent.
     """
 
     def __init__(self, info: ConnectionInfo, limits: Limits = Limits()):
@@ -200,6 +200,8 @@ class KernelChannels:
         self.on_message: Callable[[str, Message], None] = lambda channel, message: None
         self.on_bad_message: Callable[[str, BadMessage], None] = lambda channel, error: None
         self.on_tick: Callable[[], float | None] = lambda: None
+        self.on_publish: Callable[[str, int, bytes, bytes, bytes], None] = lambda *message: None
+        self.on_fault: Callable[[], None] = lambda: None
         self.busy_parent: bytes | None = None       # the running cell's header; see _settle
         self.subscribers = 0                        # subscriptions to iopub: one for each usual client
         self._context = zmq.Context()
@@ -214,7 +216,7 @@ class KernelChannels:
         self.info = info
         self._heartbeat = Heartbeat(self._sockets.pop("hb"))
         self._names = {sock: channel for channel, sock in self._sockets.items()}
-        self._numbers = itertools.count(1)          # twoproc_seq of iopub messages
+        self.published = 0                          # twoproc_seq of the newest iopub message
         self._put_bytes = self._sent_bytes = 0      # what waits in the outbox, roughly: see _wait_for_room
         self._outbox_limit = limits.outbox
         self._text_sent = 0.0
@@ -327,7 +329,7 @@ class KernelChannels:
         return threading.current_thread() is self._thread
 
     # -- called by handlers on twoproc-io
-    def reply_now(self, channel: str, message: Message, msg_type: str, content: dict) -> None:
+    def reply_now(self, channel: str, message: Message, msg_type: str, content: dict | bytes) -> None:
         """Answer at once, past the outbox: for control, which must not wait for output."""
         frames = self.session.serialize(msg_type, content, message.header_bytes)
         self._send(self._sockets[channel], [*message.identities, *frames])
@@ -348,6 +350,7 @@ class KernelChannels:
             self._run()
         except BaseException:
             logger.critical("a fault of twoproc's own ended twoproc-io, and with it the kernel", exc_info=True)
+            self.on_fault()
             os._exit(EXIT_FAULT)
 
     def _run(self) -> None:
@@ -482,7 +485,9 @@ class KernelChannels:
 
     def _publish(self, msg_type: str, content: bytes, parent: bytes, metadata: bytes = b"{}", buffers: Iterable = (),
                  topic: bytes = b"") -> None:
-        number = b'"twoproc_seq":%d}' % next(self._numbers)
+        self.published += 1
+        self.on_publish(msg_type, self.published, content, parent, metadata)    # into the log before it is seen
+        number = b'"twoproc_seq":%d}' % self.published
         metadata = b"{" + number if metadata == b"{}" else metadata[:-1] + b"," + number
         frames = self.session.serialize(msg_type, content, parent, metadata, buffers)
         self._head = [topic or msg_type.encode("ascii"), *frames]

@@ -27,7 +27,7 @@ class Setting(NamedTuple):
     """One line of the table. `default` is text, as it would stand in a file.
 
     kind: "yes | no" gives a bool, other words between bars a str that is one of them, "seconds" a float,
-    "count" an int of 1 or more, "word" a str that is neither empty nor has spaces.
+    "count" an int of 1 or more, "number" one of 0 or more, "word" a str that is neither empty nor has spaces.
     """
 
     section: str
@@ -58,11 +58,25 @@ SETTINGS = (
             "how long output waits for a slow reader before that reader loses messages"),
     Setting("limits", "replay_memory", "count", "65536", "signatures remembered, so that no message is executed twice"),
     Setting("limits", "outbox_mb", "count", "16", "output that waits to be sent before a cell that prints has to wait"),
+    Setting("recovery", "log", "yes | no", "yes", "keep a log of inputs and outputs while a kernel lives"),
+    Setting("recovery", "fsync", "never | interval | always", "interval",
+            "when the log must be on the disk itself: a second later at most, or before a cell runs"),
+    Setting("recovery", "max_output_per_cell_kb", "count", "256",
+            "output of one cell that the log keeps: its first and its last half"),
+    Setting("recovery", "max_log_mb", "count", "64", "when the log is so long, outputs are no longer added to it"),
+    Setting("recovery", "backlog_mb", "count", "64",
+            "further output kept while the kernel lives, for readers that could not follow; twice this on disk"),
+    Setting("recovery", "keep_crashed", "number", "20", "logs of kernels that died, kept at most"),
+    Setting("recovery", "keep_days", "number", "30", "and for how many days"),
+    Setting("recovery", "keep_closed", "number", "0", "logs of kernels that were closed properly, kept at most"),
+    Setting("recovery", "notice", "yes | no", "yes",
+            "a kernel restarted after a crash says so in the output of its first cell"),
     Setting("frontend", "editing", "emacs | vi", "emacs", "the keys of the prompt"),
     Setting("frontend", "colors", "auto | dark | light | off", "auto",
             "colours for this background; `off` also with NO_COLOR in the environment"),
     Setting("frontend", "images", "auto | off", "auto", "show images where the terminal can; else their text and file"),
     Setting("frontend", "other_output", "all | inputs | off", "all", "what to show of a kernel's other frontends"),
+    Setting("frontend", "catch_up", "number", "20", "how many earlier cells to show when joining a kernel"),
     Setting("frontend", "command_prefix", "word", ":", "what a command to the frontend itself begins with"),
     Setting("frontend", "confirm_exit", "yes | no", "yes", "ask before Ctrl-D ends a kernel"),
     Setting("frontend", "raw_escapes", "yes | no", "no",
@@ -81,6 +95,7 @@ MAXIMUM = 1_000_000_000
 EXPECTED = {
     "seconds": "a number of seconds, 0 or more",
     "count": "a whole number, 1 or more",
+    "number": "a whole number, 0 or more",
     "word": "some characters without a space",
 }
 
@@ -248,7 +263,7 @@ def _parse(setting: Setting, text: str, origin: str) -> Any:
             return text
     else:
         try:
-            number = int(text) if kind == "count" else float(text)
+            number = float(text) if kind == "seconds" else int(text)
         except ValueError:
             number = math.nan
         if (1 if kind == "count" else 0) <= number <= MAXIMUM:  # false for nan

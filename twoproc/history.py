@@ -21,6 +21,8 @@ from typing import Any
 from IPython.core.history import HistoryManager
 from traitlets import default
 
+from .crashlog import is_private
+
 # How long another process may keep the file locked before we try again later.
 LOCK_SECONDS, LOCKED_PAUSE_SECONDS = 0.2, 10.0
 LAST_LOCK_SECONDS = 2.0                             # at exit, where there is no later
@@ -107,6 +109,13 @@ class History(HistoryManager):
         except BaseException:
             self._session, self._last_line = before
             raise
+
+    def store_inputs(self, line_num, source, source_raw=None):
+        """Called by IPython for each cell; one that is private stays in memory."""
+        with self.db_lock:
+            super().store_inputs(line_num, source, source_raw)
+            if is_private(source_raw or source):
+                self.db_input_cache[:] = [line for line in self.db_input_cache if line[0] != line_num]
 
     def complain(self, error: Exception) -> None:
         """Say once, where the user sees it, that history is not kept."""

@@ -20,6 +20,7 @@ import _imp
 import argparse
 import atexit
 import contextlib
+import faulthandler
 import functools
 import json
 import logging
@@ -28,16 +29,19 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from _signal import signal as set_handler  # type: ignore[import-not-found]
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Callable
 
-from . import __version__, config, connection
+from . import __version__, config, connection, crashlog
 from .channels import KernelChannels, Limits, Text, own_thread
-from .session import MESSAGES, PROTOCOL_VERSION, BadMessage, Message, check_request
+from .crashlog import Page, SessionLog, is_private
+from .session import MESSAGES, PROTOCOL_VERSION, BadMessage, Message, check_request, encode, timestamp
 from .streams import DescriptorCapture, InStream, OutStream, set_forked
 
 if TYPE_CHECKING:
+    from .crashlog import LoggedCell
     from .shell import Interpreter
 
 logger = logging.getLogger(__package__)
@@ -66,6 +70,9 @@ class Kernel:
         self._finishing = threading.Lock()      # taken by the thread that runs `finish`
         self.tidy: Callable[[], None] = lambda: None    # what is left to do when the sockets are closed
         self.claim: connection.Claim | None = None
+        self.log: SessionLog | None = None      # None: not wanted
+        self._marks: dict[str, str] = {}        # client's session -> date of the last cell it sent our predecessors
+        self.notice: tuple[str, str] | None = None      # of a crash before us, as text and as HTML; once
         self._is_child = False
         self.capture = DescriptorCapture()
         self._is_reading_asked = False          # twoproc-io's: a reading of the capture is in the outbox
@@ -97,6 +104,15 @@ class Kernel:
         channels.on_bad_message = self.on_bad_message
         channels.on_tick = self.on_tick
 
+    def use_log(self, log: SessionLog) -> None:
+        """From now on what is run and published goes into this log; before the channels start."""
+        self.log = log
+        self._marks = log.prev.marks() if log.prev is not None else {}
+        self.channels.on_publish = log.published
+        self.channels.on_fault = lambda: log.note("fault", text=traceback.format_exc())
+        if log.fault is not None:
+            faulthandler.enable(log.fault)
+
     # -- run by twoproc-io: must not wait
 
     def on_message(self, channel: str, message: Message) -> None:
@@ -111,6 +127,9 @@ class Kernel:
                 pass
             return
         message = message._replace(content=check_request(message, channel))
+        if kind == "execute_request" and self._was_before_restart(message.header):
+            raise BadMessage("execute_request: dated %.40s, not after what this client sent to the kernel before it "
+                             "was restarted; it is not run again" % message.header.get("date"), message)
         if kind in self.AT_ONCE:
             with self.answering(message):
                 self.AT_ONCE[kind](self, channel, message)
@@ -139,6 +158,10 @@ class Kernel:
 
     def kernel_info_request(self, channel: str, message: Message) -> None:
         content = kernel_info()
+        if self.log is not None:
+            content = {**content, "supported_features": ["twoproc log"]}
+        if self.notice is not None:
+            content = {**content, "banner": "%s\n\n%s" % (content["banner"], self.notice[0])}
         if channel == "control":
             self.channels.reply_now(channel, message, "kernel_info_reply", content)
         else:
@@ -147,6 +170,27 @@ class Kernel:
     def connect_request(self, channel: str, message: Message) -> None:
         ports = {name + "_port": self.channels.info.port(name) for name in connection.CHANNELS}
         self.reply(message, "connect_reply", {"status": "ok", **ports}, channel)
+
+    def twoproc_log_request(self, channel: str, message: Message) -> None:
+        """The last `cells` with their output, or what was published from from_seq to to_seq."""
+        content, newest = message.content, self.channels.published
+        page, session = Page([], {}, None, False), ""
+        if self.log is not None:
+            session, limit = self.log.id, min(content["max_bytes"], self.channels.limits.max_frame // 2)
+            if content["from_seq"] is not None:
+                last = newest if content["to_seq"] is None else min(newest, content["to_seq"])
+                page = self.log.between(content["from_seq"], last, limit)
+            else:
+                page = self.log.recent(content["cells"] or 0, limit)
+        parents = b",".join(b"%s:%s" % (encode(msg_id), header) for msg_id, header in page.parents.items())
+        rest = encode({"status": "ok", "session": session, "seq": newest, "next_seq": page.next_seq, "cut": page.cut})
+        self.channels.reply_now(channel, message, "twoproc_log_reply", b'{"records":[%s],"parents":{%s},%s' % (
+            b",".join(page.records), parents, rest[1:]))
+
+    def _was_before_restart(self, header: dict) -> bool:
+        """A message captured from the wire and sent again to our successor with the same key is not run twice."""
+        mark = self._marks.get(header["session"])
+        return mark is not None and timestamp(header.get("date")) <= timestamp(mark)
 
     def interrupt_request(self, channel: str, message: Message) -> None:
         self.interrupt()
@@ -177,7 +221,8 @@ class Kernel:
 
     AT_ONCE: dict[str, Callable[..., None]] = {
         "kernel_info_request": kernel_info_request, "connect_request": connect_request,
-        "interrupt_request": interrupt_request, "shutdown_request": shutdown_request}
+        "interrupt_request": interrupt_request, "shutdown_request": shutdown_request,
+        "twoproc_log_request": twoproc_log_request}
 
     def interrupt(self) -> None:
         """KeyboardInterrupt for the user's code, SIGINT for its children in our process group, as in a terminal.
@@ -423,10 +468,15 @@ class Kernel:
         self._cells += 1
         self.channels.busy_parent = message.header_bytes
         self.interpreter.set_parent(message)
+        is_logged = self.log is not None and content["store_history"] and not content["silent"]
+        if is_logged:       # on disk before anybody hears of it
+            self._log_begin(message.header_bytes, message.msg_id, content["code"], message.metadata.get("cellId"))
+        began = time.monotonic()
         self.status("busy", message)
         if not content["silent"]:
             self.publish("execute_input", {"code": content["code"], "execution_count": self.execution_count},
                          parent=message)
+            self._publish_notice(message)
         reply = self.interpreter.execute(
             content["code"], content["silent"], content["store_history"] and not content["silent"],
             content["user_expressions"], message.metadata.get("cellId"), self.run_user_code)
@@ -435,6 +485,8 @@ class Kernel:
             self.exit_status = int(reply["status"] == "error")
             return
         self.call_to_read_capture(message.header_bytes)
+        if is_logged:
+            self._log_end(message.header_bytes, reply["status"] == "ok", time.monotonic() - began)
         self.running = None
         self.channels.busy_parent = None
         if reply["status"] == "error" and content["stop_on_error"] and not content["silent"]:
@@ -445,6 +497,42 @@ class Kernel:
         if any(payload.get("source") == "ask_exit" and not payload.get("keepkernel")
                for payload in reply.get("payload", ())):
             self._leave_if_alone()
+
+    def _log_begin(self, parent: bytes, msg_id: str, code: str, cell_id: Any = None) -> None:
+        assert self.log is not None
+        if is_private(code):
+            self.log.begin_private(parent, msg_id, code, self.execution_count)
+        else:
+            file = os.environ.get("IPYKERNEL_CELL_NAME") or "<ipython-input-%d-" % self.execution_count
+            self.log.begin(parent, msg_id, code, self.execution_count,
+                           cell_id if isinstance(cell_id, str) else None, file)
+
+    def _log_end(self, parent: bytes, ok: bool, seconds: float) -> None:
+        """Behind the output of the cell and before its reply."""
+        log, channels = self.log, self.channels
+        assert log is not None
+        channels.call(lambda: log.end(parent, ok, seconds, channels.published + 1))
+
+    def _publish_notice(self, message: Message) -> None:
+        if self.notice is not None:
+            (text, html), self.notice = self.notice, None
+            self.publish("display_data", {"data": {"text/plain": text, "text/html": html}, "metadata": {},
+                                          "transient": {}}, parent=message)
+
+    def recover(self, line: str) -> None:
+        """The magic %recover: what is done with the session before this one, if that was not closed properly."""
+        from . import recovery
+        recovery.recover(line, self.log, self._run_recovered, print)
+
+    def _run_recovered(self, cell: LoggedCell) -> bool:
+        """Run a cell of another session within the running one; logged as a cell of its own, for it may kill too."""
+        assert self.interpreter is not None and self.log is not None and cell.code is not None
+        header = self.channels.session.header("execute_request")
+        self._log_begin(header, json.loads(header)["msg_id"], cell.code)
+        began = time.monotonic()
+        is_done = self.interpreter.run_within(cell.code)
+        self._log_end(header, is_done, time.monotonic() - began)
+        return is_done
 
     def run_user_code(self, function: Callable[[], Any]) -> Any:
         """Call `function`; while it runs, and only then, SIGINT is KeyboardInterrupt in the main thread.
@@ -507,6 +595,8 @@ class Kernel:
         header = self.channels.session.header("input_request")
         self._asking = message.identities, json.loads(header)["msg_id"]
         self.before_write()
+        if self.log is not None:
+            self.channels.call(functools.partial(self.log.asked, message.header_bytes, prompt, password))
         self.channels.send("stdin", "input_request", {"prompt": prompt, "password": password}, message.header_bytes,
                            identities=message.identities, header=header)
         try:
@@ -567,6 +657,8 @@ class Kernel:
         self._is_child = True
         if self.claim is not None:
             self.claim.close()
+        if self.log is not None:
+            self.log.close_in_child()
         set_forked()
         for number in (signal.SIGTERM, signal.SIGHUP):
             if getattr(signal.getsignal(number), "is_ours", False):
@@ -599,6 +691,8 @@ class Kernel:
         if self.running is not None:
             self.status("idle", self.running)
         self.channels.stop()
+        if self.log is not None:
+            self.log.close(self.ending or "", keep=self.is_restart)
         self.tidy()
         os._exit(self.exit_status)
 
@@ -810,6 +904,8 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
                 connection.remove_files(path, info)
             claim.release()
         kernel.tidy, kernel.claim = tidy, claim
+        if settings["recovery.log"]:
+            kernel.use_log(make_log(kernel, settings, path))
         parent = os.environ.get("JPY_PARENT_PID", "")
         if parent.isdigit() and int(parent) > 0:
             kernel.watch_parent(int(parent))
@@ -833,6 +929,24 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         raise
     kernel.finish()
     return kernel.exit_status
+
+
+def make_log(kernel: Kernel, settings: config.Settings, path: str) -> SessionLog:
+    """The log of this session; with the news of the one before it, if that died with the same connection file."""
+    def warn(text: str) -> None:
+        """Once, in the log of the process and where the user looks."""
+        logger.warning(text)
+        kernel.publish("stream", {"name": "stderr", "text": "twoproc: %s\n" % text})
+
+    limits = crashlog.Limits(
+        settings["recovery.max_output_per_cell_kb"] << 10, settings["recovery.max_log_mb"] << 20,
+        settings["recovery.backlog_mb"] << 20, settings["recovery.fsync"], settings["recovery.keep_crashed"],
+        settings["recovery.keep_days"], settings["recovery.keep_closed"])
+    log = SessionLog(path, limits, warn)
+    if log.prev is not None and settings["recovery.notice"] and log.prev.state() == "died":
+        from . import recovery
+        kernel.notice = recovery.notice(log.prev)
+    return log
 
 
 def choose_connection(arguments: argparse.Namespace,
@@ -914,7 +1028,10 @@ def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, path: str) -
     sys.stdin = InStream(kernel.ask)
     from .shell import Interpreter
     interpreter = Interpreter(kernel.publish, kernel.ask, profile_dir=arguments.profile_dir)
-    interpreter.connection_file = path
+    interpreter.connection_file, interpreter.recover = path, kernel.recover
+    if kernel.log is not None:
+        kernel.log.open(sys.modules["IPython"].__version__)
+        kernel.log.start_sync(own_thread)
     return interpreter
 
 

@@ -75,6 +75,10 @@ MESSAGES: dict[str, MessageType] = {
     # requests on control; shutdown also on shell, where clients older than protocol 5.4 send it
     "interrupt_request": MessageType(("control",), "interrupt_reply", {}),
     "shutdown_request": MessageType(("control", "shell"), "shutdown_reply", {"restart": Field(bool, False)}),
+    # ours: what the session log holds, the last cells or a range of numbers; see docs/protocol.md
+    "twoproc_log_request": MessageType(("control",), "twoproc_log_reply", {
+        "cells": Field(int, None), "from_seq": Field(int, None), "to_seq": Field(int, None),
+        "max_bytes": Field(int, 1 << 20)}),
     # comms: no reply, either direction
     "comm_open": MessageType(("shell", "iopub"), None, {**_COMM, "target_name": Field(str)}),
     "comm_msg": MessageType(("shell", "iopub"), None, _COMM),
@@ -93,6 +97,7 @@ MESSAGES: dict[str, MessageType] = {
     "kernel_info_reply": MessageType(("shell", "control")),
     "interrupt_reply": MessageType(("control",)),
     "shutdown_reply": MessageType(("control", "shell", "iopub")),
+    "twoproc_log_reply": MessageType(("control",)),
     # published by the kernel to everybody
     "status": MessageType(("iopub",)),
     "execute_input": MessageType(("iopub",)),
@@ -175,12 +180,18 @@ def check_request(message: Message, channel: str) -> dict:
         raise BadMessage("%s: cursor_pos is %d, expected 0 to %d, the length of the code"
                          % (message.msg_type, cursor, len(content["code"])), message)
     if message.msg_type == "history_request":
-        for name in ("n", "stop"):
-            if content[name] is not None and content[name] < 0:
-                raise BadMessage("history_request: %s is %d, expected 0 or more" % (name, content[name]), message)
+        _check_not_negative(message, content, "n", "stop")
+    if message.msg_type == "twoproc_log_request":
+        _check_not_negative(message, content, "cells", "from_seq", "to_seq", "max_bytes")
     if message.header.get("subshell_id") is not None:
         raise BadMessage("no subshell %.60r: this kernel has none" % (message.header["subshell_id"],), message)
     return content
+
+
+def _check_not_negative(message: Message, content: dict, *names: str) -> None:
+    for name in names:
+        if content[name] is not None and content[name] < 0:
+            raise BadMessage("%s: %s is %d, expected 0 or more" % (message.msg_type, name, content[name]), message)
 
 
 # -- 2. How it is written --------------------------------------------------------------------------
@@ -379,7 +390,7 @@ class ReplayGuard:
     def accept(self, session: Any, date: Any) -> bool:
         """False when the message is not newer than what was forgotten of its session; else it is remembered."""
         session = sys.intern(session) if type(session) is str else ""
-        when = _timestamp(date)
+        when = timestamp(date)
         mark = self._marks.get(session, self._merged)
         if mark is not None and when <= mark:
             return False
@@ -400,7 +411,7 @@ class ReplayGuard:
             self._merged = oldest if self._merged is None else max(self._merged, oldest)
 
 
-def _timestamp(date: Any) -> float:
+def timestamp(date: Any) -> float:
     """Seconds since the epoch, or minus infinity for what is not a date: older than any mark."""
     try:
         return datetime.fromisoformat(date.replace("Z", "+00:00")).timestamp()

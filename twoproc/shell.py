@@ -49,6 +49,7 @@ from traitlets.config import Application, Config
 
 from .comms import CommManager
 from .completion import complete_live_object
+from .crashlog import is_private
 from .history import History
 from .session import Message
 
@@ -76,6 +77,7 @@ class Interpreter:
         self.publish, self.ask = publish, ask
         self.stdin = sys.stdin
         self.connection_file = ""                     # kernel.py sets it, %connect_info shows it
+        self.recover: Callable[[str], None] = print   # kernel.py's: the magic %recover
         self.inputhook: Callable | None = None        # %gui sets it: runs a toolkit's event loop until input is ready
         self.parent: contextvars.ContextVar = contextvars.ContextVar("twoproc parent")
         self._latest_parent: Message | None = None    # written by main only; threads without one of their own read it
@@ -171,6 +173,10 @@ class Interpreter:
         if reply["payload"]:
             shell.payload_manager.clear_payload()
         return reply
+
+    def run_within(self, code: str) -> bool:
+        """Run this within the running cell, as %rerun does; whether it ended without an error."""
+        return bool(self.shell.run_cell(code, store_history=False).success)
 
     # -- asked while a cell may be running, from a helper thread
 
@@ -579,6 +585,7 @@ class ZMQInteractiveShell(InteractiveShell):
 
     def init_hooks(self) -> None:
         super().init_hooks()
+        self.input_transformers_cleanup.append(without_mark)
         self.set_hook("show_in_pager", page.as_hook(self.page), 99)
 
     def init_displayhook(self) -> None:
@@ -795,6 +802,11 @@ class ZMQInteractiveShell(InteractiveShell):
 InteractiveShellABC.register(ZMQInteractiveShell)
 
 
+def without_mark(lines: list[str]) -> list[str]:
+    """An input transformation: `%%private` is for the session log; to IPython it is an empty line."""
+    return ["\n", *lines[1:]] if lines and is_private(lines[0]) else lines
+
+
 def has_group(error: BaseException | None) -> bool:
     """Whether the error or what led to it is an exception group, which IPython cannot format."""
     group = getattr(builtins, "BaseExceptionGroup", ())
@@ -836,6 +848,11 @@ class KernelMagics(Magics):
             page.page(file.read())
 
     more = line_magic("more")(less)
+
+    @line_magic
+    def recover(self, arg_s):
+        """What to do with the session before this one, if the kernel died: `%recover help` tells."""
+        self.shell.interpreter.recover(arg_s)
 
     @line_magic
     def man(self, arg_s):
