@@ -162,8 +162,10 @@ _HEAD = re.compile(rb'\{"n":(\d{1,15}),"k":"(\w{1,20})","t":-?[\d.]{1,20}'
 
 def parse(line: bytes) -> dict[str, Any] | None:
     """The record of one line, None if the line is damaged, or was written by something else."""
-    if not is_intact(line):
-        return None
+    return _decode(line) if is_intact(line) else None
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -299,7 +301,8 @@ class SessionLog:
         self._log: _File | None = None
         self._bulk: _File | None = None
         self._old_bulk: _File | None = None
-        self._opening = b""             # the members of the `open` record: also the first of a file made anew
+        self._opening = b""             # the members of the `open` record, for a file that has none (_is_opened)
+        self._is_opened = False
         self._n = 0
         self._seq = 0                   # the newest message published, of any type
         self._trouble: str | None = None
@@ -342,9 +345,8 @@ class SessionLog:
             "ipython": ipython_version, "twoproc": __version__, "cwd": _working_folder(), "argv": sys.argv,
             "conn": self.conn, "prev": self.prev.id if self.prev else "",
             "marks": self.prev.marks() if self.prev else {}}
-        opening = b"," + json.dumps(members).encode("ascii")[1:-1]
-        self._record(b"open", opening)
-        self._opening = opening
+        self._opening = b"," + json.dumps(members).encode("ascii")[1:-1]
+        self._record(b"open", self._opening)
 
     def begin(self, parent: bytes, msg_id: str, code: str, ec: int, cell_id: Any = None, file: str = "") -> None:
         """A cell is about to run.  parent: the header of its request, as it came; file: its name in tracebacks."""
@@ -463,6 +465,8 @@ class SessionLog:
                 if kind == b"begin" and self._log is not None:
                     self._check_files()
                 is_open = self._log is not None or self._reopen(at_once=kind == b"begin")
+                if is_open and self._opening and not self._is_opened:
+                    self._is_opened = kind == b"open" or self._put(b"open", self._opening)
                 self._n = n = self._n + 1
                 if not is_open:
                     self._lost += 1
@@ -484,15 +488,16 @@ class SessionLog:
         except Exception as error:      # a full disk, a folder taken away, a fault of ours: none of them a cell's
             self._fail(error)
 
+    def _put(self, kind: bytes, members: bytes) -> bool:
+        """Append a record of our own making to S.log, under the lock; OSError."""
+        self._n = n = self._n + 1
+        self._append(self._log, seal(b'{"n":%d,"k":"%b","t":%.3f%b' % (n, kind, time.time(), members)), n)
+        return True
+
     def _append(self, file: _File | None, line: bytes, n: int) -> None:
         assert file is not None
         start = file.size
         file.append(line)
-        if self.limits.fsync == "always":
-            file.sync()
-        elif not self._is_dirty:
-            self._is_dirty = True
-            self._wake.put(True)
         spans = self._spans
         if spans and spans[-1].file is file and spans[-1].end == start and start - spans[-1].start < SPAN:
             spans[-1].end = file.size
@@ -500,6 +505,11 @@ class SessionLog:
             spans.append(_Span(self._seq, n, file, start, file.size))
             if len(spans) > SPANS:
                 spans[:SPANS // 10] = [_Span(spans[0].seq, spans[0].n, None, 0, 0)]
+        if self.limits.fsync == "always":
+            file.sync()
+        elif not self._is_dirty:
+            self._is_dirty = True
+            self._wake.put(True)
 
     def _fail(self, error: Exception, lost: int = 1) -> None:
         with self._lock:
@@ -516,9 +526,7 @@ class SessionLog:
 
     def _resume(self) -> None:
         """A record was written again after some were not."""
-        self._n = n = self._n + 1
-        self._append(self._log, seal(b'{"n":%d,"k":"note","t":%.3f,"what":"resumed","lost":%d,"because":%b' % (
-            n, time.time(), self._lost, _text(self._trouble))), n)
+        self._put(b"note", b',"what":"resumed","lost":%d,"because":%b' % (self._lost, _text(self._trouble)))
         self._trouble, self._lost = None, 0
 
     # -- files
@@ -537,10 +545,8 @@ class SessionLog:
         if self._lock_file is None:
             self._lock_file = self._make_lock(base + ".lock")
         log = _File(base + ".log")
-        if log.size == 0 and self._opening:     # made late, or anew in place of one that was taken away
-            self._n = n = self._n + 1
-            log.append(seal(b'{"n":%d,"k":"open","t":%.3f%b' % (n, time.time(), self._opening)))
         self._log = log
+        self._is_opened = log.size > 0          # not so in one that is made anew, its predecessor taken away
         if self.fault is None:
             self.fault = os.fdopen(open_private(base + ".fault", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "wb", 0)
 
@@ -609,9 +615,8 @@ class SessionLog:
         gone, self._old_bulk, self._bulk = self._old_bulk, self._bulk, None
         if gone is not None:
             self._gone(gone)
-            self._n = n = self._n + 1   # greater than the n of the record we are about to write; order is by seq there
-            self._append(self._log, seal(b'{"n":%d,"k":"cut","t":%.3f,"first":%d,"last":%d,"records":%d,"bytes":%d' % (
-                n, time.time(), gone.first_n, gone.last_n, gone.records, gone.size)), n)
+            self._put(b"cut", b',"first":%d,"last":%d,"records":%d,"bytes":%d' % (
+                gone.first_n, gone.last_n, gone.records, gone.size))
 
     def _gone(self, file: _File) -> None:
         """Forget where in this file things were; what of it is in S.log as well is found there from now on."""
@@ -640,11 +645,9 @@ class SessionLog:
                     lines = []
                 dropped, first_kept = cell.records - len(lines), cell.tail[0] if lines else None
                 if dropped:
-                    self._n = n = self._n + 1
-                    self._append(self._log, seal(
-                        b'{"n":%d,"k":"cut","t":%.3f,"of":%b,"first":%d,"last":%d,"records":%d,"bytes":%d' % (
-                            n, time.time(), cell.of, cell.first, (first_kept[0] if first_kept else n) - 1, dropped,
-                            cell.bytes - sum(map(len, lines)))), n)
+                    self._put(b"cut", b',"of":%b,"first":%d,"last":%d,"records":%d,"bytes":%d' % (
+                        cell.of, cell.first, first_kept[0] - 1 if first_kept else self._n, dropped,
+                        cell.bytes - sum(map(len, lines))))
                 if first_kept:
                     start = self._log.size
                     self._log.append(b"".join(lines))       # one write for all: they were written before
@@ -824,7 +827,8 @@ class LoggedSession:
         self.folder, self.id = folder, name
         self._held = -1
         self._opened: dict[str, Any] | None = None
-        self._checked: tuple[int, int] | None = None
+        self._damaged: int | None = None
+        self._lost: int | None = None
 
     def __repr__(self) -> str:
         return f"<LoggedSession {self.id}>"
@@ -849,21 +853,17 @@ class LoggedSession:
                 if is_free is False:
                     return "alive"
                 if is_same_file(fd, self.path(".lock")):
-                    found = self._judge(fd, bool(is_free))
+                    found = self._judge(bool(is_free))
                     # Killed between its `close` record and the end of it.
                     return "closed" if found == "died" and self.closed is not None else found
             finally:
                 os.close(fd)
         return "unknown"
 
-    def _judge(self, fd: int, has_locks: bool) -> str:
+    def _judge(self, has_locks: bool) -> str:
         """A lock that nobody holds, or a file system that has none."""
-        try:
-            holder = json.loads(os.pread(fd, 65536, 0))
-        except (OSError, ValueError, RecursionError):
-            holder = None
-        if not isinstance(holder, dict):
-            holder = self.opened        # the machine lost power before the lock file had reached its disk
+        # Without a holder the machine lost power before the lock file had reached its disk.
+        holder = self._holder() or self.opened
         host, boot = holder.get("host", _host()), holder.get("boot", "")
         is_same_boot = boot == _boot() and boot != ""
         if has_locks and holder.get("locking", "flock") == "flock":
@@ -903,32 +903,53 @@ class LoggedSession:
 
     @property
     def opened(self) -> dict[str, Any]:
-        """Its `open` record, {} if there is none."""
+        """Its `open` record; without one what the lock file says, at worst {}."""
         if self._opened is None:
-            self._opened = {}
-            for line in self._read(".log", -65536).split(b"\n")[:-1]:
-                record = parse(line) if b'"k":"open"' in line[:40] else None
-                if record is not None:
-                    self._opened = record
-                    break
+            self._opened = next(filter(None, map(parse, self._first_lines())), None) or self._holder()
         return self._opened
 
-    def _read(self, suffix: str, size: int = 0) -> bytes:
-        """A file, or its last `size` bytes, or its first -size bytes; empty if it cannot be read."""
+    def _first_lines(self) -> Iterator[bytes]:
+        with contextlib.suppress(OSError, ConnectionFileError):
+            with open(open_private(self.path(".log"), os.O_RDONLY), "rb") as file:
+                for line in file:
+                    if b'"k":"open"' in line[:40]:
+                        yield line[:-1]
+                    if file.tell() > 1 << 20:
+                        return
+
+    def _holder(self) -> dict[str, Any]:
+        try:
+            holder = json.loads(self._read(".lock", 65536))
+        except (ValueError, RecursionError):
+            return {}
+        if type(holder) is not dict or type(holder.get("pid")) is not int or type(holder.get("conn")) is not str:
+            return {}
+        return {"prev": "", "marks": {}, **holder}
+
+    def _read(self, suffix: str, last: int | None = None) -> bytes:
+        """A file, or its last bytes; empty if it cannot be read."""
         try:
             with open(open_private(self.path(suffix), os.O_RDONLY), "rb") as file:
-                if size > 0:
-                    file.seek(max(0, os.fstat(file.fileno()).st_size - size))
-                return file.read(-size if size < 0 else -1)
+                if last is not None:
+                    file.seek(max(0, os.fstat(file.fileno()).st_size - last))
+                return file.read()
         except (OSError, ConnectionFileError):
             return b""
 
-    def _lines(self) -> Iterator[bytes]:
-        """Every line of log and bulk, whole or not; what follows the last newline was never finished."""
+    def _entries(self) -> list[tuple[int, bytes, bytes, bytes]]:
+        """(n, kind, of, line) of every whole line of log and bulk, in order, each once; counts the other lines."""
+        entries, damaged = {}, 0
         for suffix in (".log", ".bulk.1", ".bulk"):
             lines = self._read(suffix).split(b"\n")
-            lines.pop()
-            yield from lines
+            lines.pop()                 # what follows the last newline was never finished
+            for line in lines:
+                found = _HEAD.match(line)
+                if found and is_intact(line):
+                    entries[int(found[1])] = int(found[1]), found[2], found[4] or b"", line
+                else:
+                    damaged += 1
+        self._damaged = damaged
+        return [entries[n] for n in sorted(entries)]
 
     def outline(self) -> list[dict[str, Any]]:
         """All records but outputs.  No output is parsed: a log of 64 MB takes a tenth of a second."""
@@ -938,57 +959,56 @@ class LoggedSession:
 
     def records(self) -> list[dict[str, Any]]:
         """All records in order, each once."""
-        found = {record["n"]: record for record in map(parse, self._lines()) if record}
-        return [found[n] for n in sorted(found)]
+        return [record for record in (_decode(line) for _, _, _, line in self._entries()) if record]
 
     @property
     def damaged(self) -> int:
         """How many lines are not what was written."""
-        return self._check()[0]
+        if self._damaged is None:
+            self._entries()
+        return self._damaged or 0
 
     @property
     def lost(self) -> int:
         """How many records are missing, and no `cut` says that they would be."""
-        return self._check()[1]
+        if self._lost is None:
+            entries = self._entries()
+            missing = _unexplained([0] + [n for n, _, _, _ in entries], _cuts(entries))
+            self._lost = sum(last - first + 1 for first, last in missing)
+        return self._lost
 
-    def _check(self) -> tuple[int, int]:
-        if self._checked is None:
-            damaged, numbers, cuts = 0, [0], []
-            for line in self._lines():
-                found = _HEAD.match(line)
-                if not found or not is_intact(line):
-                    damaged += 1
-                    continue
-                numbers.append(int(found[1]))
-                if found[2] == b"cut":
-                    cuts += [record for record in [parse(line)] if record]
-            self._checked = damaged, sum(last - first + 1 for first, last in _unexplained(numbers, cuts))
-        return self._checked
-
-    def cells(self) -> list[LoggedCell]:
-        """The cells in the order in which they were begun, with their outputs."""
+    def cells(self, only: str | None = None) -> list[LoggedCell]:
+        """The cells in the order in which they were begun, with their outputs.  only: the one with this msg_id."""
+        entries = self._entries()
         cells: dict[str, LoggedCell] = {}
-        records = self.records()
-        for record in records:
-            kind, of = record["k"], record.get("of")
-            if kind == "begin":
+        for _, kind, of, line in entries:
+            if kind not in (b"begin", b"out", b"end") or only is not None and of != _text(only):
+                continue
+            record = _decode(line)
+            if record is None:
+                continue
+            if kind == b"begin":
                 cells[record["of"]] = LoggedCell(record)
-            elif type(of) is str and of in cells:
-                if kind == "out":
-                    metadata = record.get("metadata")
-                    cells[of].outputs.append({"type": record["type"], "content": record["content"],
-                                              "metadata": metadata if type(metadata) is dict else {}})
-                elif kind == "end":
-                    cells[of].is_ended, cells[of].ok, cells[of].ms = True, record["ok"], record["ms"]
-        order = sorted(cells.values(), key=lambda cell: cell.n)
-        starts = [cell.n for cell in order]
-        cuts = [record for record in records if record["k"] == "cut"]
-        for first, last in _gaps(record["n"] for record in records):
-            at = bisect.bisect(starts, first)
-            if at:
+                continue
+            cell = cells.get(record.get("of", ""))
+            if cell is None:
+                continue
+            if kind == b"end":
+                cell.is_ended, cell.ok, cell.ms = True, record["ok"], record["ms"]
+            else:
+                metadata = record.get("metadata")
+                cell.outputs.append({"type": record["type"], "content": record["content"],
+                                     "metadata": metadata if type(metadata) is dict else {}})
+        # What was cut belongs to the cell that ran at the time.
+        begins = [(n, of) for n, kind, of, _ in entries if kind == b"begin"]
+        by_of = {_text(cell.of): cell for cell in cells.values()}
+        cuts = _cuts(entries)
+        for first, last in _gaps(n for n, _, _, _ in entries):
+            at = bisect.bisect(begins, (first, b"")) - 1
+            if at >= 0 and begins[at][1] in by_of:
                 lost = sum(stop - start + 1 for start, stop in _unexplained([first - 1, last + 1], cuts))
-                order[at - 1].cut += last - first + 1 - lost
-        return order
+                by_of[begins[at][1]].cut += last - first + 1 - lost
+        return sorted(cells.values(), key=lambda cell: cell.n)
 
     @property
     def killer(self) -> LoggedCell | None:
@@ -1002,7 +1022,7 @@ class LoggedSession:
                 ended.add(record["of"])
         if newest is None or newest["of"] in ended:
             return None
-        return next((cell for cell in reversed(self.cells()) if cell.n == newest["n"]), None)
+        return next(iter(self.cells(newest["of"])), None)
 
     def marks(self) -> dict[str, str]:
         """For each client's session the date of its newest request; also those that its predecessors knew."""
@@ -1016,7 +1036,7 @@ class LoggedSession:
 
     def fault_text(self) -> str:
         """What faulthandler wrote; mostly nothing."""
-        return self._read(".fault", -65536).decode("utf-8", "replace")
+        return self._read(".fault", 65536).decode("utf-8", "replace")
 
     # -- what a recoverer does
 
@@ -1055,14 +1075,14 @@ class LoggedSession:
     def append(self, k: str, **members: Any) -> None:
         """Write one more record, under `take`; OSError."""
         assert self._held >= 0, "take() first"
-        numbers = [int(found[1]) for found in map(_HEAD.match, self._lines()) if found]
+        newest = max((n for n, _, _, _ in self._entries()), default=0)
         size = os.fstat(self._held).st_size
         whole = self._read(".log").rfind(b"\n") + 1
         if whole < size:                # the last record of its life was torn
             os.ftruncate(self._held, whole)
-        record = {"n": max(numbers, default=0) + 1, "k": k, "t": round(time.time(), 3), **members}
+        record = {"n": newest + 1, "k": k, "t": round(time.time(), 3), **members}
         os.write(self._held, seal(json.dumps(record, separators=(",", ":")).encode("ascii")[:-1]))
-        self._checked = None
+        self._lost = None
 
     def drop(self) -> None:
         """Remove its files; LockedError if it is alive or somebody recovers it."""
@@ -1078,6 +1098,10 @@ def _gaps(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     for before, after in zip(order, order[1:]):
         if after > before + 1:
             yield before + 1, after - 1
+
+
+def _cuts(entries: list[tuple[int, bytes, bytes, bytes]]) -> list[dict[str, Any]]:
+    return [record for record in (_decode(line) for _, kind, _, line in entries if kind == b"cut") if record]
 
 
 def _unexplained(numbers: Iterable[int], cuts: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
@@ -1213,20 +1237,18 @@ def main(argv: list[str] | None = None) -> int:
     if chosen.into is not None and chosen.replay is None:
         parser.error("--into: only with --replay")
     try:
+        from . import recovery      # here: a kernel needs it only after a crash
+
         if chosen.drop is not None:
             find(chosen.drop).drop()
-        elif chosen.show is None and chosen.export is None and chosen.replay is None:
-            for session in sessions():
-                print(_summary(session))
+        elif chosen.show is not None:
+            print(*recovery.show(find(chosen.show)), sep="\n")
+        elif chosen.export is not None:
+            recovery.export(find(chosen.export[0]), chosen.export[1])
+        elif chosen.replay is not None:
+            return recovery.replay(find(chosen.replay), chosen.into)
         else:
-            from . import recovery
-
-            if chosen.show is not None:
-                print(*recovery.show(find(chosen.show)), sep="\n")
-            elif chosen.export is not None:
-                recovery.export(find(chosen.export[0]), chosen.export[1])
-            else:
-                return recovery.replay(find(chosen.replay), chosen.into)
+            print(*recovery.list_lines(sessions()), sep="\n")
     except StateError as error:
         print(f"twoproc.crashlog: {error}", file=sys.stderr)
         return error.exit_code
@@ -1234,16 +1256,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"twoproc.crashlog: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _summary(session: LoggedSession) -> str:
-    opened = session.opened
-    cells = sum(record["k"] == "begin" for record in session.outline())
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(opened.get("t", 0)))
-    line = "%s  %-7s  %s  %d cell%s  %s  %s" % (
-        session.id, session.state(), when, cells, "" if cells == 1 else "s",
-        connection.kernel_name_of(opened.get("conn", "?")), opened.get("cwd", "?"))
-    return "".join(letter if letter.isprintable() else "?" for letter in line)     # a folder may be named anything
 
 
 if __name__ == "__main__":
