@@ -5,6 +5,7 @@ Each cell of CELLS would run for a minute or for ever. It is interrupted while i
 interrupt_request and by SIGINT to the process group (what a terminal sends), and must have ended within a
 second, as KeyboardInterrupt; the next cell then runs as if nothing had been.
 """
+import importlib
 import os
 import shlex
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import unittest
+from unittest import mock
 
 from . import support
 
@@ -251,6 +253,56 @@ except KeyboardInterrupt:
         for interrupt in (self.by_message, lambda: os.kill(pid, signal.SIGINT)):
             self.interrupt_round("time.sleep", interrupt)
             self.interrupt_round("a loop", interrupt)
+
+
+class WhenTheCellIsNudged(unittest.TestCase):
+    """The look of main's that a blocked call would otherwise put off; main's clock and the signals are ours here."""
+
+    def setUp(self):
+        kernel_module = importlib.import_module("twoproc.kernel")
+        self.kernel = object.__new__(kernel_module.Kernel)
+        self.kernel.running, self.kernel._nudges, self.kernel._nudge_at = "cell 1", (None, 0), 0.0
+        self.kernel._main_clock, self.kernel._main_used = 0, None
+        self.used, self.now, self.nudges = 0.0, 0.0, 0
+        for name, replacement in (
+                ("time.clock_gettime", lambda clock: self.used), ("signal.pthread_kill", self.nudge),
+                ("signal.getsignal", lambda number: kernel_module.look_for_signals)):
+            patch = mock.patch("twoproc.kernel." + name, replacement)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def nudge(self, thread, number):
+        self.nudges += 1
+        self.used += 0.001          # main looks
+
+    def look(self, times=1):
+        """As often as twoproc-io would; returns the nudges that came of it."""
+        before = self.nudges
+        for _ in range(times):
+            self.now += 0.2
+            self.kernel._nudge_if_blocked(self.now)
+        return self.nudges - before
+
+    def test_twice_and_not_for_ever(self):
+        self.assertEqual(self.look(20), 2)
+
+    def test_not_while_it_computes(self):
+        for _ in range(20):
+            self.used += 0.01
+            self.assertEqual(self.look(), 0)
+
+    def test_again_when_it_went_on(self):
+        self.look(20)
+        self.used += 0.01
+        self.assertEqual(self.look(20), 2)
+
+    def test_also_when_the_cell_before_was_nudged_last(self):
+        """That one ended by its nudge, and what main did since is taken for the look alone."""
+        while not self.look():
+            pass
+        self.kernel.running = "cell 2"
+        self.used += 0.01
+        self.assertEqual(self.look(20), 2)
 
 
 class Ending(unittest.TestCase):

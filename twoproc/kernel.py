@@ -96,7 +96,7 @@ class Kernel:
             if hasattr(time, "pthread_getcpuclockid") else None
         self._main_used: float | None = None
         self._nudge_at = 0.0
-        self._is_nudged = False
+        self._nudges: tuple[Message | None, int] = None, 0      # the cell, and how often since it last went on
         self._cell_sigint: Any = signal.default_int_handler
         self.process = os.getpid()
         self._leads_group = hasattr(os, "getpgrp") and os.getpgrp() == os.getpid()
@@ -256,23 +256,24 @@ class Kernel:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def _nudge_if_blocked(self, now: float) -> None:
-        """Once for each time that the cell blocks: have main look for a signal that it got before.
+        """When the cell has blocked, and once more: have main look for a signal that it got before.
 
         A SIGINT that arrives while main waits for the interpreter lock is only noted, and the next look may
         come after the call that then blocks: of 400 interrupts just after `execute_input`, 8 waited for the end
         of time.sleep().  A second signal ends the system call, main looks, and goes on waiting if there was
-        nothing (PEP 475).  SIGURG, because whoever does not handle it never sees it.
+        nothing (PEP 475).  SIGURG, because whoever does not handle it never sees it.  Twice, because main may
+        have gone on to another call that blocks just after the first one: the look alone does not tell.
         """
         if self._main_clock is None or now < self._nudge_at:
             return
         used, before = time.clock_gettime(self._main_clock), self._main_used
         self._main_used, self._nudge_at = used, now + NUDGE_SECONDS
-        if before is None:          # what has run since is the look itself
-            return
-        if used != before:
-            self._is_nudged = False
-        elif not self._is_nudged and signal.getsignal(signal.SIGURG) is look_for_signals:
-            self._main_used, self._is_nudged = None, True
+        running, (nudged, times) = self.running, self._nudges
+        if running is not nudged or before is not None and used != before:
+            self._nudges = running, 0
+        elif before is not None and times < 2 and signal.getsignal(signal.SIGURG) is look_for_signals:
+            self._main_used = None      # what runs until the next look is this look of main's
+            self._nudges = running, times + 1
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
 
     def end(self, why: str, status: int = 0) -> None:
