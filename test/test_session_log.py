@@ -3,7 +3,6 @@
 
 The unit tests of the format and of the lock are test_crashlog.py's; here kernels run cells, and die.
 """
-import ctypes
 import glob
 import json
 import os
@@ -11,7 +10,6 @@ import random
 import re
 import resource
 import signal
-import sys
 import threading
 import unittest
 import zlib
@@ -205,6 +203,19 @@ class HowASessionEnds(Logged):
         self.assertEqual(self.session().state(), "closed")
         self.assertEqual(self.session().records()[-1]["k"], "close")
 
+    def test_a_start_removes_what_is_too_old_and_leaves_what_is_alive(self):
+        alive, _ = self.start()
+        ids = [crashlog.sessions()[0].id]
+        for _ in range(3):
+            kernel, client = self.start()
+            client.execute("1")
+            ids.append(self.session().id)
+            kernel.popen.kill()
+            kernel.wait()
+        kernel, client = self.start("--set", "recovery.keep_crashed=1")
+        wait_until(lambda: {session.id for session in crashlog.sessions()}
+                   == {ids[0], ids[-1], self.session().id}, DEADLINE, f"{ids}: {crashlog.sessions()}")
+
     def test_a_restart_keeps_it_until_the_successor_is_closed(self):
         kernel, client = self.start()
         client.execute("x = 'before'")
@@ -272,7 +283,7 @@ class Deaths(Logged):
     def test_killed_at_a_random_moment_nothing_that_was_acknowledged_is_lost(self):
         """Replies read before the kill: their cells are ended; output read: it is in the log."""
         chance = random.Random(1)
-        for attempt in range(support.rounds(5, 1000)):
+        for _ in range(support.rounds(5, 1000)):
             kernel, client = self.start()
             ids = [client.send_execute(f"print('said', {number})") for number in range(400)]
             timer = threading.Timer(chance.uniform(0.002, 0.12), kernel.popen.kill)
@@ -320,7 +331,7 @@ class WithoutADisk(Logged):
         kernel, client = self.start()
         results = [client.execute("1 + 1") for _ in range(3)]
         self.assertEqual([result.value for result in results], ["2", "2", "2"])
-        self.assertEqual(sum("session log" in kernel.log().splitlines()[at] for at in range(len(kernel.log().splitlines()))), 1)
+        self.assertEqual(sum("session log" in line for line in kernel.log().splitlines()), 1)
         self.assertEqual(self.files(), [])
 
 

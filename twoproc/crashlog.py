@@ -658,15 +658,16 @@ class SessionLog:
             cell.tail.clear()
             cell.records = 0
 
-    # -- thread twoproc-log: sleeps until something was written, then syncs once for all of a second
+    # -- thread twoproc-log: removes what is too old, then sleeps until something was written, and syncs a second of it
 
     def start_sync(self, own_thread: Callable[[str, Callable[[], None]], Any]) -> None:
         """own_thread: channels.own_thread, or another starter of threads.  The thread ends with `close`."""
-        if self.limits.fsync == "interval":
-            own_thread("twoproc-log", self._sync)
+        own_thread("twoproc-log", self._sync)
 
     def _sync(self) -> None:
-        while self._wake.get():
+        with contextlib.suppress(StateError, OSError):
+            prune(self.limits)
+        while self.limits.fsync == "interval" and self._wake.get():
             self._ending.wait(SYNC_SECONDS)
             self._is_dirty = False      # before the sync: what is written during it has its own
             try:
@@ -810,6 +811,7 @@ class LoggedCell:
         self.ec: int = begin["ec"]
         self.header: dict[str, Any] = begin["hdr"]
         self.code: str | None = begin["code"] if type(begin.get("code")) is str else None
+        self.hash: str | None = begin["hash"] if type(begin.get("hash")) is str else None
         self.length: int = begin["length"] if type(begin.get("length")) is int else len(self.code or "")
         self.cell_id: str | None = begin["cell"] if type(begin.get("cell")) is str else None
         self.file: str = begin["file"] if type(begin.get("file")) is str else ""
@@ -1236,6 +1238,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     if chosen.into is not None and chosen.replay is None:
         parser.error("--into: only with --replay")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")       # what a log holds, any terminal shall show
     try:
         from . import recovery      # here: a kernel needs it only after a crash
 
@@ -1249,6 +1253,10 @@ def main(argv: list[str] | None = None) -> int:
             return recovery.replay(find(chosen.replay), chosen.into)
         else:
             print(*recovery.list_lines(sessions()), sep="\n")
+        sys.stdout.flush()
+    except BrokenPipeError:         # `| head`; the interpreter shall not find out once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except StateError as error:
         print(f"twoproc.crashlog: {error}", file=sys.stderr)
         return error.exit_code
@@ -1259,4 +1267,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import importlib
+    # Not the main() above: recovery.py imports this module by its name, and raises that one's exceptions.
+    sys.exit(importlib.import_module(__spec__.name).main())     # type: ignore[name-defined]

@@ -182,7 +182,7 @@ class Kernel:
                 page = self.log.between(content["from_seq"], last, limit)
             else:
                 page = self.log.recent(content["cells"] or 0, limit)
-        parents = b",".join(b"%s:%s" % (encode(msg_id), header) for msg_id, header in page.parents.items())
+        parents = b",".join(b"%s:%s" % (json.dumps(msg_id).encode(), header) for msg_id, header in page.parents.items())
         rest = encode({"status": "ok", "session": session, "seq": newest, "next_seq": page.next_seq, "cut": page.cut})
         self.channels.reply_now(channel, message, "twoproc_log_reply", b'{"records":[%s],"parents":{%s},%s' % (
             b",".join(page.records), parents, rest[1:]))
