@@ -23,6 +23,8 @@ ROOMS = {
     "config": ("", ""),
     "channels": ("session connection", "zmq"),
     "crashlog": ("connection recovery", ""),
+    "recovery": ("crashlog export screen connection client config launcher start", ""),
+    "export": ("crashlog", ""),
     # the kernel's process
     "streams": ("", ""),
     "shell": ("session history completion comms crashlog", "IPython traitlets"),
