@@ -109,9 +109,14 @@ class Kernel:
         self.log = log
         self._marks = log.prev.marks() if log.prev is not None else {}
         self.channels.on_publish = log.published
-        self.channels.on_fault = lambda: log.note("fault", text=traceback.format_exc())
+        self.channels.on_fault = self.note_fault
         if log.fault is not None:
             faulthandler.enable(log.fault)
+
+    def note_fault(self) -> None:
+        """Called while an exception that nobody expected ends the kernel."""
+        if self.log is not None:
+            self.log.note("fault", text=traceback.format_exc())
 
     # -- run by twoproc-io: must not wait
 
@@ -895,8 +900,8 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
     except BaseException:
         claim.release()         # a manager's file stays where it is
         raise
+    kernel = Kernel(channels, settings["kernel.completion_seconds"], arguments.orphan_timeout)
     try:
-        kernel = Kernel(channels, settings["kernel.completion_seconds"], arguments.orphan_timeout)
         kernel.ends_on_exit = is_given and "twoproc_pid" not in info.extra      # a file that we wrote has it
         info = kernel.channels.info._replace(extra={**kernel.channels.info.extra, "twoproc_pid": os.getpid()})
 
@@ -925,6 +930,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
                 logger.warning(warning)
         kernel.run(lambda kernel: make_interpreter(kernel, arguments, path))
     except BaseException:
+        kernel.note_fault()
         connection.remove_files(path, info)
         claim.release()
         raise
