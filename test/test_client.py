@@ -500,6 +500,7 @@ class FakeKernel:
     with one line of output.  message is a support.Message.
     is_busy: shell is never read.  welcome: iopub is an XPUB that says iopub_welcome.
     """
+    kernel_info: dict = {}      # what its kernel_info_reply holds beside the status
 
     def __init__(self, case, on_request=None, is_busy=False, welcome=False, curve=None, key=b"fake"):
         self.key, self.is_busy, self.on_request = key, is_busy, on_request or FakeKernel.run_cell
@@ -525,14 +526,14 @@ class FakeKernel:
         self.is_ending.set()
         self.thread.join(support.DEADLINE)
 
-    def frames(self, msg_type, content, parent=None, **changes):
+    def frames(self, msg_type, content, parent=None, metadata=None, **changes):
         header = {"msg_id": uuid.uuid4().hex, "msg_type": msg_type, "session": "fake", "username": "fake",
                   "date": "2026-01-01T00:00:00Z", "version": "5.3", **changes}
-        parts = [json.dumps(part).encode() for part in (header, parent or {}, {}, content)]
+        parts = [json.dumps(part).encode() for part in (header, parent or {}, metadata or {}, content)]
         return [b"<IDS|MSG>", support.sign(self.key, parts), *parts]
 
-    def publish(self, msg_type, content, parent=None):
-        self.sockets["iopub"].send_multipart([b"topic", *self.frames(msg_type, content, parent)])
+    def publish(self, msg_type, content, parent=None, **others):
+        self.sockets["iopub"].send_multipart([b"topic", *self.frames(msg_type, content, parent, **others)])
 
     def reply(self, message, msg_type, content, channel="shell", parent=None):
         self.sockets[channel].send_multipart(
@@ -572,7 +573,7 @@ class FakeKernel:
             self.stdin_seen.append(message)
         elif message.msg_type == "kernel_info_request":
             self.publish("status", {"execution_state": "busy"}, message.header)
-            self.reply(message, "kernel_info_reply", {"status": "ok"}, channel)
+            self.reply(message, "kernel_info_reply", {"status": "ok", **self.kernel_info}, channel)
             self.publish("status", {"execution_state": "idle"}, message.header)
         else:
             self.on_request(self, channel, message)

@@ -9,6 +9,7 @@ thread `twoproc-client`, waited for by whoever asked.  `execute` and its sibling
 
     caller's thread                 twoproc-client
     submit -> the table             poll, verify (channels.ClientChannels)
+                                    put iopub in order, fill its gaps (InOrder)
     wait                            look up the parent's msg_id, put into that request's inbox, ring
       on_output, on_input  <-       listeners
 
@@ -41,7 +42,7 @@ from typing import Any, NamedTuple
 from . import connection
 from .channels import ClientChannels
 from .connection import ConnectionInfo
-from .session import MESSAGES, PROTOCOL_VERSION, UTC, Message, Session, encode
+from .session import MESSAGES, PROTOCOL_VERSION, UTC, Message, MessageType, Session, encode
 
 # A kernel may reply and then never send its idle: after so many seconds without a message of that request
 # its reply is enough.  A kernel with megabytes of output still to send keeps sending.
@@ -51,6 +52,12 @@ IDLE_PATIENCE = 5.0
 UNREAD_CHARS = 64 << 20
 # The last words of a dead kernel are already on the way: wait for this much silence, but no longer than that.
 LAST_WORDS, LAST_WORDS_AT_MOST = 0.03, 0.4
+# A gap in the output is filled with pages of this size: each holds up the kernel's other answers for about 10 ms.
+# One that takes longer than REFILL_SECONDS does not come any more.
+REFILL_BYTES, REFILL_SECONDS = 1 << 20, 10.0
+# So far before a gap its first page begins: `begin` and `end` may be recorded with a number that is too small.
+SEQ_MARGIN = 10
+REQUESTS_REMEMBERED = 4000
 END_OF_INPUT = "\x04"       # as an input_reply's value, what every Jupyter kernel takes for end of file
 
 
@@ -154,7 +161,8 @@ class Pending:
                 raise error
             now = time.monotonic()
             patience = None
-            if self.reply is not None or (self.is_idle and not self._needs_reply):
+            may_be_over = self.reply is not None or (self.is_idle and not self._needs_reply)
+            if may_be_over and not self.client._order.is_filling:
                 patience = self._heard_at + IDLE_PATIENCE - now
                 if patience <= 0:
                     self.cancel()
@@ -262,12 +270,15 @@ def _size(message: Message) -> int:
     return 1000 + (len(text) if type(text) is str else 0) + sum(map(len, message.buffers))
 
 
+_UNKNOWN = MessageType(())
+
+
 class LogPage(NamedTuple):
     """What a kernel's session log says.
 
     session: the log's name, "" where none is kept.  seq: the newest number when the page was made; what is live
     has a larger one.  messages: as they were on iopub, oldest first; see read_log.  next_seq: where to go on
-    asking, None at the end.  cut: something is no longer kept; a message of type twoproc_gap stands in its place.
+    asking, None at the end.  cut: something is left out; a message of type twoproc_gap stands in its place.
     """
     session: str
     seq: int
@@ -280,8 +291,9 @@ def read_log(reply: Message, first: int | None = None, last: int | None = None) 
     """A twoproc_log_reply as messages, so that past and live take one way through every reader.
 
     first, last: the numbers that were asked for, if it was by numbers.  A record `begin` is an execute_input, `out`
-    what it was, `end` the idle of its cell; msg_id is made up, parent_header the request's own.  Statuses of
-    other requests, comms and the code of private cells are not in the log.
+    what it was, `end` the idle of its cell; msg_id is made up, parent_header the request's own.  twoproc_seq is
+    exact for output only; begin and end are recorded a moment before their messages have a number.  Statuses
+    of other requests, comms and the code of private cells are not in the log.
     """
     content = reply.content
     newest, next_seq, is_cut = content.get("seq"), content.get("next_seq"), content.get("cut") is True
@@ -300,10 +312,11 @@ def read_log(reply: Message, first: int | None = None, last: int | None = None) 
             if type(record.get("code")) is not str:     # private
                 continue
         # A number above the newest: recorded, not published yet, it will come live.
-        if type(msg_type) is str and type(said) is dict and not (type(number) is int and number > newest):
+        if type(msg_type) is str and "iopub" in MESSAGES.get(msg_type, _UNKNOWN).channels and type(said) is dict \
+                and not (type(number) is int and number > newest):
             messages.append(_past_message(reply.header, msg_type, said, parent, record))
     if is_cut:
-        _mark_gap(messages, reply.header, first, last)
+        _mark_gap(messages, reply.header, first, last if type(next_seq) is not int else next_seq - 1)
     return LogPage(str(content.get("session", "")), newest, messages, next_seq if type(next_seq) is int else None,
                    is_cut)
 
@@ -328,8 +341,8 @@ def _mark_gap(messages: list[Message], kernel: dict, first: int | None, last: in
                 widest, place = number - before - 1, index
             before = number
     neighbours = messages[place:place + 1] or messages[-1:]
-    messages.insert(place, gap_message(widest, "it is no longer kept", kernel,
-                                       neighbours[0].parent_header if neighbours else {}))
+    reason = "too much to show it all" if first is None else "it is no longer kept"
+    messages.insert(place, gap_message(widest, reason, kernel, neighbours[0].parent_header if neighbours else {}))
 
 
 def gap_message(count: int, reason: str, kernel: dict, parent: dict) -> Message:
@@ -385,6 +398,8 @@ class Client:
         self._watchers: list[Callable[[str], None]] = []            # the same
         self._followers: list[Follower] = []        # listeners whose past wait_ready is to ask for
         self._ready_bell = Bell()
+        self._order = InOrder(self)
+        self._woken: dict[str, Pending] = {}        # twoproc-client's: who has something new since it last rang
         self._sees_output = False           # something arrived on iopub: the subscription stands
         self._was_connected = False         # since the last reset
         self._is_paused = False             # iopub is not read: somebody's inbox is full
@@ -491,6 +506,11 @@ class Client:
         """Messages that came and could not be believed or read."""
         return self._channels.bad_signatures + self._channels.bad_messages
 
+    @property
+    def missed(self) -> int:
+        """Messages on iopub, statuses among them, that were lost and that no log could bring back."""
+        return self._order.missed
+
     def listen(self, callback: Callable[[Message], None]) -> Callable[[], None]:
         """Have `callback` called with every iopub message, also those that others caused; returns what ends it.
 
@@ -505,8 +525,8 @@ class Client:
 
         callback(message, is_past): first, with True, what the last `cells` cells were and printed, at most about
         `max_bytes` of it, and of a cell that runs its output so far; then, with False, what is live.  Past are
-        execute_input, output, the idle that ends a cell, and twoproc_gap (see gap_message); a cell without idle
-        runs.  parent_header says whose each is, header["date"] when it was.  All in order, on twoproc-client.
+        execute_input, output, the idle that ends a cell, and twoproc_gap (see gap_message); the last cell runs if
+        it has no idle.  parent_header says whose each is, header["date"] when it was.  All in order, on twoproc-client.
 
         Where the kernel keeps no log, or does not answer in `timeout` seconds, there is no past, and live is
         everything from this call on.  Called before wait_ready, it returns at once, and wait_ready returns after
@@ -673,37 +693,54 @@ class Client:
 
     def _resume(self) -> None:
         self._is_paused = False
-        self._channels.call(lambda: self._channels.read_output(True))
+        self._channels.call(self._order.go_on)
 
     # -- run by twoproc-client only
     def _receive(self, batch: list) -> None:
-        """Hand each message to the request that caused it, and output to the listeners as well."""
-        table = self._table
-        woken = {}
         for channel, message in batch:
-            if channel == "iopub":
-                self._note_output(message)
-            parent_id = message.parent_header.get("msg_id")
-            pending = table.get(parent_id) if type(parent_id) is str else None
-            if pending is not None:
-                self._call(pending._receive, channel, message)
-                woken[pending.msg_id] = pending
-            elif channel == "stdin" and message.msg_type == "input_request":
-                self.answer(message, END_OF_INPUT)      # who could have answered has stopped waiting
-        for pending in woken.values():
-            pending._bell.ring()
-        self._ready_bell.ring()
+            self._order.take(channel, message)
+        self._ring()
         if self._dying is not None:
             _, latest, cause = self._dying
             self._dying = min(time.monotonic() + LAST_WORDS, latest), latest, cause
+
+    def _deliver(self, channel: str, message: Message) -> None:
+        """Hand a message to the request that caused it, and output to the listeners as well."""
+        if channel == "iopub":
+            self._note_output(message)
+        pending = self._pending_of(message)
+        if pending is not None:
+            self._call(pending._receive, channel, message)
+            self._woken[pending.msg_id] = pending
+        elif channel == "stdin" and message.msg_type == "input_request":
+            self.answer(message, END_OF_INPUT)      # who could have answered has stopped waiting
+
+    def _pending_of(self, message: Message) -> Pending | None:
+        parent_id = message.parent_header.get("msg_id")
+        return self._table.get(parent_id) if type(parent_id) is str else None
+
+    def _ring(self) -> None:
+        woken, self._woken = self._woken, {}
+        for pending in woken.values():
+            pending._bell.ring()
+        self._ready_bell.ring()
+
+    def _forgive_silence(self) -> None:
+        """What was held is on its way again: IDLE_PATIENCE begins anew for everybody."""
+        now = time.monotonic()
+        for pending in list(self._table.values()):
+            pending._heard_at = now
+            self._woken[pending.msg_id] = pending
 
     def _pause(self, pending: Pending) -> None:
         # Flag first, then look again: whoever takes from now on sees the flag and resumes.
         self._is_paused = True
         if pending._unread_chars() < UNREAD_CHARS // 2:
             self._is_paused = False
-        else:
-            self._channels.read_output(False)
+        self._read_output()
+
+    def _read_output(self) -> None:
+        self._channels.read_output(not self._is_paused and not self._order.is_filling)
 
     def _note_output(self, message: Message) -> None:
         self._sees_output = True
@@ -722,6 +759,7 @@ class Client:
             sys.excepthook(*sys.exc_info())
 
     def _tick(self) -> float | None:
+        self._order.tick()
         if self._dying is None:
             return None
         quiet_until, _, cause = self._dying
@@ -776,6 +814,7 @@ class Client:
                                       self._shutdown.parent_header.get("username") or "a client")
             now = time.monotonic()
             self._dying = now + LAST_WORDS, now + LAST_WORDS_AT_MOST, cause
+            self._order.give_up("the kernel is gone")
 
     def _declare_dead(self, cause: str) -> None:
         self.died, self._dying = KernelDied(cause), None
@@ -851,6 +890,172 @@ class Client:
                                    "in the connection file is wrong, or the kernel is busy" % waited)
         return NotReady("silent", "something listens at %s but does not answer, not even the heartbeat, %s: is the "
                                   "kernel's process stopped?" % (self.info.url("shell"), waited))
+
+
+class InOrder:
+    """Lets iopub through in the order of its numbers, and fills what is missing from the kernel's session log.
+
+    Our kernels number what they publish.  A number that jumps says that we were too slow, or away: it and what
+    follows is held, iopub is left unread, so that this is little, and the missing range is asked for, page by
+    page.  Replies to cells and questions are held with it: what was printed comes before them.  Numbers
+    without a record (statuses of others, comms) are passed over; of what the log has no more, twoproc_gap tells.
+
+    Run by twoproc-client; others look at `is_filling` and `missed`.
+    """
+
+    def __init__(self, client: Client):
+        self.is_filling = False
+        self.missed = 0
+        self._client = client
+        self._kernel: Any = None            # the session in its headers: a new process counts from 1
+        self._newest = 0                    # number delivered, or given up
+        self._told: dict[tuple, None] = {}              # what is told once of a request, the newest last; see _is_news
+        self._held: deque = deque()                     # (channel, Message)
+        self._missing = 1, 0                            # first and last number of the gap
+        self._next = 1                                  # where the next page begins
+        self._question: Pending | None = None
+        self._looked_at = self._waited = 0.0
+
+    def take(self, channel: str, message: Message) -> None:
+        """Deliver it, hold it, or drop it as known."""
+        if self.is_filling and self._is_ordered(channel, message):
+            self._held.append((channel, message))
+        elif channel != "iopub" or self._is_next(message):
+            self._client._deliver(channel, message)
+
+    def go_on(self) -> None:
+        """Ask for the next page, unless the readers cannot follow; then `Client._resume` calls again."""
+        if self.is_filling and self._question is None and not self._client._is_paused:
+            self._ask()
+        self._client._read_output()
+
+    def tick(self) -> None:
+        """Called at least once a second."""
+        if self._question is None:
+            return
+        # More than a second between two looks: it was us who were stopped.  And a kernel whose heart does not
+        # beat is stopped, too.
+        now = time.monotonic()
+        if self._client._channels.silent_since is None:
+            self._waited += min(1.0, now - self._looked_at)
+        self._looked_at = now
+        if self._waited > REFILL_SECONDS:
+            self.give_up("the kernel's log did not answer")
+
+    def give_up(self, reason: str) -> None:
+        """Go on without what is missing."""
+        if self.is_filling:
+            if self._question is not None:
+                self._question.cancel()
+            self._miss(self._missing[1], reason, self._held[0][1])
+            self._release()
+
+    def _is_ordered(self, channel: str, message: Message) -> bool:
+        if channel == "shell":
+            pending = self._client._pending_of(message)
+            return pending is not None and pending._needs_idle
+        return channel != "control"
+
+    def _is_next(self, message: Message) -> bool:
+        number = _number(message)
+        if number is None:
+            return True
+        if number != self._newest + 1 or message.header.get("session") != self._kernel:
+            if message.header.get("session") != self._kernel:
+                # What the first kernel said before is for `catch_up`; its successor we follow from the beginning.
+                is_first, self._kernel = self._kernel is None, message.header.get("session")
+                self._newest = number - 1 if is_first or self._why_not() else 0
+            if number <= self._newest:
+                # A kernel repeats the idles that a slow reader may have lost, with the numbers they had.
+                return message.msg_type == "status" and self._is_news(message)
+            if number > self._newest + 1:
+                reason = self._why_not()
+                if not reason:
+                    self._begin(message, number - 1)
+                    return False
+                self._miss(number - 1, reason, message)
+        self._newest = number
+        return self._is_news(message)
+
+    def _is_news(self, message: Message) -> bool:
+        """False for a cell's input or idle that was delivered before.
+
+        Their numbers in the log are a little too small: either may come from a page and live, once is enough.
+        """
+        msg_id = message.parent_header.get("msg_id")
+        if message.msg_type != "execute_input" and message.content.get("execution_state") != "idle" \
+                or type(msg_id) is not str:
+            return True
+        what = message.msg_type, msg_id
+        if what in self._told:
+            return False
+        self._told[what] = None
+        if len(self._told) > REQUESTS_REMEMBERED:
+            del self._told[next(iter(self._told))]
+        return True
+
+    def _why_not(self) -> str:
+        client = self._client
+        if client._dying is not None or client.died is not None or client._is_closed:
+            return "the kernel is gone"
+        return "" if client.keeps_log else "the kernel keeps no log"
+
+    def _begin(self, message: Message, last: int) -> None:
+        self.is_filling = True
+        self._missing = self._newest + 1, last
+        self._next = max(1, self._newest + 1 - SEQ_MARGIN)
+        self._held.append(("iopub", message))
+        self.go_on()
+
+    def _ask(self) -> None:
+        try:
+            question = self._client.submit("twoproc_log_request", {
+                "from_seq": self._next, "to_seq": self._missing[1], "max_bytes": REFILL_BYTES})
+        except (KernelDied, ValueError):        # closed a moment ago
+            self.give_up("the kernel is gone")
+            return
+        # Set only now: given to submit, it would have the question wait for its idle, which we do not read.
+        question._on_message = self._take_page
+        self._question, self._looked_at, self._waited = question, time.monotonic(), 0.0
+
+    def _take_page(self, reply: Message) -> None:
+        first, last = self._missing
+        page = read_log(reply, self._next, last)
+        if not page.session:
+            self.give_up("the kernel keeps no log")
+            return
+        for message in page.messages:
+            if message.msg_type == "twoproc_gap":
+                self.missed += message.content["messages"]
+            elif message.msg_type in ("execute_input", "status"):
+                if not self._is_news(message):
+                    continue
+            elif not first <= (_number(message) or 0) <= last:
+                continue
+            self._client._deliver("iopub", message)
+        self._question = None       # only now: should one of these lines fail, the time limit ends it
+        if page.next_seq is not None and self._next < page.next_seq <= last:
+            self._next = page.next_seq
+            self._newest = max(self._newest, page.next_seq - 1)
+            self.go_on()
+        else:
+            self._newest = last
+            self._release()
+
+    def _miss(self, last: int, reason: str, message: Message) -> None:
+        count, self._newest = last - self._newest, last
+        self.missed += count
+        self._client._deliver("iopub", gap_message(count, reason, message.header, message.parent_header))
+
+    def _release(self) -> None:
+        held, self._held = self._held, deque()
+        self._question = None
+        self._client._forgive_silence()     # first: who sees that we do not fill any more sees this too
+        self.is_filling = False
+        for channel, message in held:
+            self.take(channel, message)     # there may be another gap among them: then the rest is held again
+        self._client._read_output()
+        self._client._ring()
 
 
 class Follower:

@@ -1,0 +1,515 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""What was said while a client was away, or too slow, reaches it all the same: once, in order.
+
+LoggingKernel is a kernel of a few lines that loses what a test tells it to lose, and keeps a log that says what
+a test tells it to say.  The last two classes ask real kernels, and real processes that stop reading.
+"""
+import json
+import threading
+import time
+import unittest
+from unittest import mock
+
+from twoproc import client as client_module
+from twoproc.client import Client, KernelDied, connect, read_log
+from twoproc.session import Message
+
+from . import support
+from .test_client import FakeKernel, text_of
+
+
+class LoggingKernel(FakeKernel):
+    """It numbers what it publishes, and answers twoproc_log_request from `records`, a few at a time.
+
+    on_log(fake): called before each answer.  page: records in an answer.  kept_from: older numbers are not kept.
+    """
+    kernel_info = {"supported_features": ["twoproc log"]}
+
+    def __init__(self, case, on_request=None, on_log=lambda fake: None, page=3, **options):
+        self.on_log, self.page, self.kept_from, self.log_name = on_log, page, 0, "S"
+        self.seq, self.records, self.questions = 0, [], []
+        self.session = "fake"
+        super().__init__(case, on_request, **options)
+
+    def publish(self, msg_type, content, parent=None, is_lost=False, record=None, seq=None, **others):
+        """record: members of its record in the log, {} for one as usual, None: not in the log."""
+        if seq is None:
+            seq = self.seq = self.seq + 1
+        if record is not None:
+            self.note(**{"k": "out", "seq": seq, "of": (parent or {}).get("msg_id"), "type": msg_type,
+                         "content": content, **record})
+        if not is_lost:
+            super().publish(msg_type, content, parent, metadata={"twoproc_seq": seq}, session=self.session, **others)
+
+    def note(self, **members):
+        self.records.append({"n": len(self.records) + 1, "t": 1800000000.5, **members})
+
+    def begin(self, message, is_lost=False, code="code"):
+        self.note(k="begin", seq=self.seq + 1, of=message.header["msg_id"], ec=7, code=code, hdr=message.header)
+        self.publish("status", {"execution_state": "busy"}, message.header, is_lost)
+        self.publish("execute_input", {"code": code, "execution_count": 7}, message.header, is_lost)
+
+    def say(self, message, text, is_lost=False):
+        self.publish("stream", {"name": "stdout", "text": text}, message.header, is_lost, record={})
+
+    def end(self, message, is_lost=False):
+        self.note(k="end", seq=self.seq + 1, of=message.header["msg_id"], ok=True, ms=1)
+        self.publish("status", {"execution_state": "idle"}, message.header, is_lost)
+
+    def serve_until(self, event):
+        """Answer control, and nothing else, until the event is set."""
+        while not event.is_set() and not self.is_ending.is_set():
+            if self.sockets["control"].poll(20):
+                self.take("control", self.sockets["control"].recv_multipart())
+
+    def answer_log(self, message):
+        content = message.content
+        self.questions.append((content["from_seq"], content["to_seq"]) if "from_seq" in content else content["cells"])
+        self.on_log(self)
+        self.publish("status", {"execution_state": "busy"}, message.header)
+        records, next_seq, cut = self.records, None, False
+        if "from_seq" in content:
+            wanted = [record for record in records if content["from_seq"] <= record["seq"] <= content["to_seq"]]
+            records = [record for record in wanted if record["seq"] >= self.kept_from]
+            cut = len(records) < len(wanted)
+            if len(records) > self.page:
+                next_seq = records[self.page]["seq"]
+                records = [record for record in records if record["seq"] < next_seq]
+        begun = {record["of"] for record in records if record["k"] == "begin"}
+        parents = {record["of"]: record["hdr"] for record in self.records
+                   if record["k"] == "begin" and record["of"] not in begun}
+        self.reply(message, "twoproc_log_reply", {
+            "status": "ok", "session": self.log_name, "seq": self.seq, "records": records, "parents": parents,
+            "next_seq": next_seq, "cut": cut}, "control")
+        self.publish("status", {"execution_state": "idle"}, message.header)
+
+
+def scripted(script):
+    """An on_request: cells run `script(fake, message)`, the log is answered, and nothing else."""
+    def on_request(fake, channel, message):
+        if message.msg_type == "twoproc_log_request":
+            fake.answer_log(message)
+        elif message.msg_type == "execute_request":
+            script(fake, message)
+            fake.reply(message, "execute_reply", {"status": "ok"})
+    return on_request
+
+
+class ReadLog(unittest.TestCase):
+    """Records to messages, by one function and without a socket."""
+    HEADER = {"msg_id": "a_1", "session": "a", "username": "alice", "msg_type": "execute_request",
+              "date": "2026-01-01T00:00:00Z", "version": "5.5"}
+
+    def read(self, records, first=None, last=None, **content):
+        kernel = {"msg_id": "k_1", "session": "k", "username": "kernel", "msg_type": "twoproc_log_reply"}
+        content = {"status": "ok", "session": "S", "seq": 1000, "parents": {}, "next_seq": None, "cut": False,
+                   "records": records, **content}
+        return read_log(Message(kernel, {}, {}, content, [], [], b""), first, last)
+
+    def out(self, number, text="x\n", **members):
+        return {"n": number, "k": "out", "t": 0, "seq": number, "of": "a_1", "type": "stream",
+                "content": {"name": "stdout", "text": text}, **members}
+
+    def test_a_cell_becomes_the_messages_that_it_was(self):
+        page = self.read([
+            {"n": 1, "k": "open", "t": 0, "pid": 1},
+            {"n": 2, "k": "begin", "t": 1800000000.5, "seq": 10, "of": "a_1", "ec": 3, "code": "f()",
+             "hdr": self.HEADER},
+            self.out(12, metadata={"isolated": True}),
+            {"n": 13, "k": "stdin", "t": 0, "seq": 13, "of": "a_1", "prompt": "? ", "password": False},
+            {"n": 14, "k": "note", "t": 0, "what": "resumed"},
+            {"n": 15, "k": "cut", "t": 0, "of": "a_1", "first": 1, "last": 2, "records": 1, "bytes": 1},
+            {"n": 16, "k": "end", "t": 0, "seq": 15, "of": "a_1", "ok": True, "ms": 1}])
+        self.assertEqual([message.msg_type for message in page.messages], ["execute_input", "stream", "status"])
+        self.assertEqual([message.content for message in page.messages],
+                         [{"code": "f()", "execution_count": 3}, {"name": "stdout", "text": "x\n"},
+                          {"execution_state": "idle"}])
+        for message in page.messages:
+            self.assertEqual(message.parent_header, self.HEADER)
+            self.assertEqual((message.header["session"], message.header["username"]), ("k", "kernel"))
+            self.assertEqual(json.loads(message.header_bytes), message.header)
+        self.assertEqual(page.messages[0].header["date"], "2027-01-15T08:00:00.500000+00:00")
+        self.assertEqual(page.messages[1].metadata, {"isolated": True, "twoproc_seq": 12})
+        self.assertEqual(len({message.msg_id for message in page.messages}), 3)
+        self.assertEqual((page.session, page.seq, page.next_seq, page.cut), ("S", 1000, None, False))
+
+    def test_parents_come_from_the_page_where_the_cell_began_before_it(self):
+        page = self.read([self.out(5), self.out(6, of="b_1"), self.out(7, of=None)], parents={"a_1": self.HEADER})
+        self.assertEqual([message.parent_header for message in page.messages], [self.HEADER, {}, {}])
+
+    def test_a_private_cell_has_no_input_and_its_end(self):
+        page = self.read([{"n": 1, "k": "begin", "t": 0, "seq": 1, "of": "a_1", "ec": 1, "hash": "00", "length": 9,
+                           "hdr": self.HEADER}, {"n": 2, "k": "end", "t": 0, "seq": 2, "of": "a_1", "ok": True}])
+        self.assertEqual([message.msg_type for message in page.messages], ["status"])
+        self.assertEqual(page.messages[0].parent_header, self.HEADER)
+
+    def test_what_is_recorded_and_not_yet_published_is_left_for_live(self):
+        self.assertEqual(len(self.read([self.out(5), self.out(6)], seq=5).messages), 1)
+
+    def test_what_is_cut_is_marked_where_the_numbers_jump(self):
+        def kinds(records, **options):
+            messages = self.read(records, cut=True, **options).messages
+            return ["gap %d" % message.content["messages"] if message.msg_type == "twoproc_gap"
+                    else message.metadata["twoproc_seq"] for message in messages]
+        outs = [self.out(number) for number in (3, 4, 6, 60, 61)]
+        self.assertEqual(kinds(outs), [3, 4, 6, "gap 53", 60, 61])
+        self.assertEqual(kinds(outs, first=3, last=62), [3, 4, 6, "gap 53", 60, 61])
+        self.assertEqual(kinds(outs, first=3, last=200), [3, 4, 6, 60, 61, "gap 139"])
+        self.assertEqual(kinds(outs, first=3, last=200, next_seq=63), [3, 4, 6, "gap 53", 60, 61])
+        self.assertEqual(kinds([], first=3, last=5), ["gap 3"])
+        self.assertEqual(kinds([]), ["gap 0"])
+
+    def test_a_gap_belongs_to_the_cell_whose_output_is_missing(self):
+        page = self.read([self.out(3), self.out(90)], parents={"a_1": self.HEADER}, cut=True)
+        self.assertEqual(page.messages[1].parent_header, self.HEADER)
+        self.assertEqual(page.messages[1].content["reason"], "too much to show it all")
+
+    def test_nothing_that_a_reply_holds_makes_it_raise(self):
+        odd = [None, 7, "x", [], {}, [[]], {"k": "out"}, float("nan"), 1e300, -1, True]
+        for value in odd:
+            for name in ("records", "parents", "seq", "session", "next_seq", "cut"):
+                self.read(**{"records": [self.out(1)], name: value})
+            self.read(odd)
+            for record in (self.out(1), {"n": 1, "k": "begin", "t": 0, "seq": 1, "of": "a_1", "ec": 1, "code": "1",
+                                         "hdr": self.HEADER}, {"n": 1, "k": "end", "t": 0, "seq": 1, "of": "a_1"}):
+                for name in [*record, "metadata"]:
+                    self.read([{**record, name: value}], cut=True)
+
+
+class Refill(unittest.TestCase):
+    """A number that jumps is a gap, and the log fills it."""
+
+    def run_cell(self, script, on_log=lambda fake: None, page=3, before=lambda ours: None, **options):
+        """What a cell's on_output had, and what a listener had."""
+        self.fake = LoggingKernel(self, scripted(script), on_log, page)
+        with connect(self.fake.info) as self.ours:
+            before(self.ours)
+            seen, heard = [], []
+            self.ours.listen(heard.append)
+            self.reply = self.ours.execute("", on_output=seen.append, timeout=support.DEADLINE, **options)
+            self.assertEqual(self.ours._table, {})
+            self.assertFalse(self.ours._order.is_filling)
+        return seen, heard
+
+    def assert_lines(self, messages, lines):
+        self.assertEqual(text_of(messages), "".join("%d\n" % number for number in lines))
+
+    def test_what_was_lost_comes_in_its_place_page_by_page(self):
+        def script(fake, message):
+            fake.begin(message)
+            for number in range(30):
+                fake.say(message, "%d\n" % number, is_lost=number % 10 >= 2)
+            fake.end(message)
+        seen, heard = self.run_cell(script)
+        self.assert_lines(seen, range(30))
+        self.assert_lines([message for message in heard if message.parent_header == seen[0].parent_header], range(30))
+        self.assertEqual([message.msg_type for message in seen],
+                         ["status", "execute_input", *["stream"] * 30, "status"])
+        self.assertEqual(self.ours.missed, 0)
+        self.assertGreater(len(self.fake.questions), 9)
+
+    def test_a_cell_whose_idle_was_lost_ends(self):
+        def script(fake, message):
+            fake.begin(message)
+            fake.say(message, "0\n")
+            fake.say(message, "1\n", is_lost=True)
+            fake.end(message, is_lost=True)
+            fake.publish("status", {"execution_state": "busy"}, {"msg_id": "x"})     # by which it is seen
+        start = time.monotonic()
+        seen, _ = self.run_cell(script)
+        self.assert_lines(seen, range(2))
+        self.assertEqual(seen[-1].content, {"execution_state": "idle"})
+        self.assertLess(time.monotonic() - start, client_module.IDLE_PATIENCE)
+
+    def test_a_cell_that_was_lost_whole_is_there(self):
+        other = Message({"msg_id": "b_1", "session": "b", "username": "bob", "msg_type": "execute_request"}, {}, {},
+                        {}, [], [], b"")
+
+        def script(fake, message):
+            fake.begin(other, is_lost=True, code="bob's")
+            fake.say(other, "0\n", is_lost=True)
+            fake.end(other, is_lost=True)
+            fake.begin(message)
+            fake.end(message)
+        _, heard = self.run_cell(script)
+        bobs = [message for message in heard if message.parent_header.get("username") == "bob"]
+        self.assertEqual([message.msg_type for message in bobs], ["execute_input", "stream", "status"])
+        self.assertEqual(bobs[0].content, {"code": "bob's", "execution_count": 7})
+
+    def test_numbers_that_the_log_does_not_have_are_passed_over(self):
+        def script(fake, message):
+            fake.begin(message)
+            for _ in range(5):
+                fake.publish("status", {"execution_state": "busy"}, {"msg_id": "x"}, is_lost=True)
+            fake.publish("comm_msg", {"comm_id": "x", "data": {}}, message.header, is_lost=True)
+            fake.say(message, "0\n")
+            fake.end(message)
+        seen, _ = self.run_cell(script)
+        self.assert_lines(seen, range(1))
+        self.assertEqual(self.ours.missed, 0)
+        self.assertNotIn("twoproc_gap", [message.msg_type for message in seen])
+
+    def test_what_is_no_longer_kept_is_told_in_its_place(self):
+        def script(fake, message):
+            fake.begin(message)
+            for number in range(30):
+                fake.say(message, "%d\n" % number, is_lost=5 <= number < 25)
+            fake.kept_from = fake.seq - 9
+            fake.end(message)
+        seen, heard = self.run_cell(script, page=100)
+        self.assert_lines(seen, [*range(5), *range(20, 30)])
+        gap = seen.index(next(message for message in seen if message.msg_type == "twoproc_gap"))
+        self.assertEqual((seen[gap - 1].content["text"], seen[gap + 1].content["text"]), ("4\n", "20\n"))
+        self.assertEqual(seen[gap].content["reason"], "it is no longer kept")
+        self.assertGreaterEqual(self.ours.missed, 15)
+        self.assertIn(seen[gap], heard)
+
+    def lossy(self, fake, message):
+        fake.begin(message)
+        fake.say(message, "0\n")
+        fake.say(message, "1\n", is_lost=True)
+        fake.say(message, "2\n")
+        fake.end(message)
+
+    def assert_missed(self, seen, reason):
+        self.assert_lines(seen, [0, 2])
+        self.assertEqual([message.content for message in seen if message.msg_type == "twoproc_gap"],
+                         [{"messages": 1, "reason": reason}])
+        self.assertEqual(self.ours.missed, 1)
+
+    def test_without_a_log_it_goes_on_at_once(self):
+        with mock.patch.object(LoggingKernel, "kernel_info", {}):
+            seen, _ = self.run_cell(self.lossy)
+        self.assert_missed(seen, "the kernel keeps no log")
+        self.assertEqual(self.fake.questions, [])
+
+    def test_a_log_that_is_off_is_no_log(self):
+        def script(fake, message):
+            fake.log_name = ""
+            self.lossy(fake, message)
+        seen, _ = self.run_cell(script)
+        self.assert_missed(seen, "the kernel keeps no log")
+
+    def test_a_log_that_does_not_answer_holds_nobody_up_for_ever(self):
+        with mock.patch.object(LoggingKernel, "answer_log", lambda fake, message: None), \
+                mock.patch.object(client_module, "REFILL_SECONDS", 0.2):
+            seen, _ = self.run_cell(self.lossy)
+        self.assert_missed(seen, "the kernel's log did not answer")
+
+    def test_a_repeated_idle_is_dropped_unless_it_is_news(self):
+        def script(fake, message):
+            fake.publish("status", {"execution_state": "idle"}, {"msg_id": "known"}, seq=None)
+            known = fake.seq
+            fake.publish("status", {"execution_state": "idle"}, {"msg_id": "unknown"}, is_lost=True)
+            fake.begin(message)
+            for _ in range(2):
+                fake.publish("status", {"execution_state": "idle"}, {"msg_id": "known"}, seq=known)
+                fake.publish("status", {"execution_state": "idle"}, {"msg_id": "unknown"}, seq=known + 1)
+            fake.end(message)
+        _, heard = self.run_cell(script)
+        self.assertEqual([message.parent_header["msg_id"] for message in heard
+                          if message.parent_header.get("msg_id") in ("known", "unknown")], ["known", "unknown"])
+
+    def test_a_question_is_asked_behind_the_output_that_was_lost(self):
+        events = []
+
+        def script(fake, message):
+            fake.begin(message)
+            for number in range(5):
+                fake.say(message, "%d\n" % number, is_lost=number < 4)
+            fake.reply(message, "input_request", {"prompt": "? ", "password": False}, "stdin")
+            fake.serve_until(answered)
+            fake.end(message)
+
+        def answer(prompt, password):
+            events.append("asked")
+            answered.set()
+            return ""
+
+        answered = threading.Event()
+        fake = LoggingKernel(self, scripted(script))
+        with connect(fake.info) as ours:
+            ours.execute("", on_input=answer, timeout=support.DEADLINE, on_output=lambda message: message.msg_type
+                         == "stream" and events.append(message.content["text"].strip()))
+        self.assertEqual(events, ["0", "1", "2", "3", "4", "asked"])
+
+    def test_pages_wait_for_a_reader_who_cannot_follow(self):
+        def script(fake, message):
+            fake.begin(message)
+            for number in range(300):
+                fake.say(message, "%03d%s\n" % (number, "x" * 10_000), is_lost=number > 0)
+            fake.end(message)
+        self.fake = LoggingKernel(self, scripted(script), page=10)
+        with mock.patch.object(client_module, "UNREAD_CHARS", 500_000), connect(self.fake.info) as ours:
+            pending = ours.execute_nowait("")
+            support.wait_until(lambda: ours._is_paused, what="a full inbox")
+            self.assertLess(len(self.fake.questions), 10)
+            self.assertLess(pending._unread_chars(), 700_000)
+            seen = []
+            pending.wait(support.DEADLINE, on_output=seen.append)
+        self.assertEqual([line[:3] for line in text_of(seen).splitlines()], ["%03d" % n for n in range(300)])
+
+    def test_a_wait_for_the_idle_is_not_over_while_a_gap_is_filled(self):
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+
+        def script(fake, message):
+            fake.reply(message, "execute_reply", {"status": "ok"})      # overtakes the output
+            fake.begin(message)
+            fake.say(message, "0\n", is_lost=True)
+            fake.end(message)
+        with mock.patch.object(client_module, "IDLE_PATIENCE", 0.1):
+            fake = LoggingKernel(self, scripted(script), lambda fake: go_on.wait(support.DEADLINE))
+            with connect(fake.info) as ours:
+                pending, seen = ours.execute_nowait(""), []
+                support.wait_until(lambda: fake.questions)
+                with self.assertRaises(TimeoutError):
+                    pending.wait(0.5, on_output=seen.append)
+                go_on.set()
+                pending.wait(support.DEADLINE, on_output=seen.append)
+        self.assert_lines(seen, range(1))
+
+    def test_a_kernel_that_dies_meanwhile_had_its_last_words(self):
+        def script(fake, message):
+            self.lossy(fake, message)
+        seen = []
+        fake = LoggingKernel(self, scripted(script), lambda fake: fake.is_ending.set())
+        with mock.patch.object(LoggingKernel, "reply", lambda *arguments: None), Client(fake.info) as ours:
+            ours.kernel_info_reply = mock.Mock(content=LoggingKernel.kernel_info)
+            support.wait_until(lambda: ours._was_connected)
+            heard = []
+            ours.listen(heard.append)
+            support.wait_until(lambda: self.probe(ours, heard), what="the subscription")
+            start = time.monotonic()
+            with self.assertRaises(KernelDied):
+                ours.execute("", on_output=seen.append, timeout=support.DEADLINE)
+            self.assertLess(time.monotonic() - start, 2)
+        self.assert_lines(seen, [0, 2])
+        self.assertEqual(seen[3].content["reason"], "the kernel is gone")
+
+    def probe(self, ours, heard):
+        ours.submit("kernel_info_request")
+        return heard
+
+    def test_a_successor_is_followed_from_its_first_word(self):
+        other = Message({"msg_id": "b_1", "session": "b", "username": "bob", "msg_type": "execute_request"}, {}, {},
+                        {}, [], [], b"")
+
+        def script(fake, message):
+            fake.session, fake.seq, fake.records[:] = "fake again", 0, []
+            fake.begin(other, is_lost=True)
+            fake.say(other, "first\n", is_lost=True)
+            fake.begin(message)
+            fake.say(message, "0\n")
+            fake.end(message)
+        _, heard = self.run_cell(script)
+        self.assertEqual(text_of(heard), "first\n0\n")
+        self.assertEqual(self.ours.missed, 0)
+
+
+class CatchUp(unittest.TestCase):
+    """A listener that begins with the past."""
+
+    def listener(self):
+        self.events = []
+        return lambda message, is_past: self.events.append((is_past, message))
+
+    def texts(self, is_past):
+        return text_of([message for was_past, message in self.events if was_past is is_past])
+
+    def test_the_past_comes_first_and_live_goes_on_where_it_ends(self):
+        live = []
+
+        def script(fake, message):
+            fake.begin(message)
+            for number in range(10):
+                fake.say(message, "%d\n" % number)
+            if live:
+                fake.end(message)
+            live.append(message)
+
+        def on_log(fake):       # published while the page is made: in it, and live as well
+            if isinstance(fake.questions[-1], int):
+                for number in range(10, 15):
+                    fake.say(live[0], "%d\n" % number)
+        fake = LoggingKernel(self, scripted(script), on_log)
+        with connect(fake.info) as bob, connect(fake.info) as ours:
+            pending = bob.execute_nowait("")
+            support.wait_until(lambda: pending.reply)
+            ours.catch_up(self.listener(), cells=5)
+            self.assertEqual(self.texts(True), "".join("%d\n" % n for n in range(15)))
+            self.assertEqual([message.msg_type for _, message in self.events[:2]], ["execute_input", "stream"])
+            self.assertEqual(self.events[0][1].parent_header["session"], bob.session)
+            ours.execute("")
+        self.assertEqual(self.texts(True) + self.texts(False), "".join("%d\n" % n for n in [*range(15), *range(10)]))
+        self.assertEqual(fake.questions, [5])
+        self.assertEqual([was_past for was_past, _ in self.events], sorted([w for w, _ in self.events], reverse=True))
+
+    def test_a_cell_that_is_in_the_log_and_not_yet_published_begins_once(self):
+        def on_log(fake):
+            fake.note(k="begin", seq=1, of="b_1", ec=1, code="early", hdr={"msg_id": "b_1", "session": "b"})
+
+        def script(fake, message):
+            fake.publish("execute_input", {"code": "early", "execution_count": 1}, {"msg_id": "b_1", "session": "b"})
+            fake.begin(message)
+            fake.end(message)
+        with connect(LoggingKernel(self, scripted(script), on_log).info) as ours:
+            ours.catch_up(self.listener())
+            ours.execute("", timeout=support.DEADLINE)
+        self.assertEqual([message.content["code"] for _, message in self.events
+                          if message.msg_type == "execute_input"], ["early", "code"])
+
+    def test_before_the_client_is_ready_it_waits_with_it(self):
+        fake = LoggingKernel(self, scripted(lambda fake, message: fake.say(message, "live\n")))
+        fake.note(k="out", seq=0, of=None, type="stream", content={"name": "stdout", "text": "past\n"})
+        with Client(fake.info) as ours:
+            ours.catch_up(self.listener())
+            self.assertEqual(fake.questions, [])
+            ours.wait_ready()
+            self.assertEqual(self.texts(True), "past\n")
+            with mock.patch.object(client_module, "IDLE_PATIENCE", 0.1):
+                ours.execute("", timeout=support.DEADLINE)
+            self.assertEqual(self.texts(False), "live\n")
+
+    def test_without_a_log_everything_is_live(self):
+        with mock.patch.object(LoggingKernel, "kernel_info", {}):
+            fake = LoggingKernel(self, scripted(lambda fake, message: fake.say(message, "live\n")))
+            with Client(fake.info) as ours:
+                ours.catch_up(self.listener())
+                ours.wait_ready()
+                self.assertTrue(self.events)        # what made it ready
+                self.assertEqual(ours.log().messages, [])
+                with mock.patch.object(client_module, "IDLE_PATIENCE", 0.1):
+                    ours.execute("", timeout=support.DEADLINE)
+        self.assertEqual((self.texts(True), self.texts(False)), ("", "live\n"))
+        self.assertEqual(fake.questions, [])
+
+    def test_a_log_that_does_not_answer_is_not_waited_for_longer_than_allowed(self):
+        with mock.patch.object(LoggingKernel, "answer_log", lambda fake, message: None):
+            fake = LoggingKernel(self, scripted(self.cell))
+            with connect(fake.info) as ours:
+                start = time.monotonic()
+                ours.catch_up(self.listener(), timeout=0.2)
+                self.assertLess(time.monotonic() - start, 2)
+                ours.execute("", timeout=support.DEADLINE)
+        self.assertEqual(self.texts(False), "live\n")
+
+    def cell(self, fake, message):
+        fake.begin(message)
+        fake.say(message, "live\n")
+        fake.end(message)
+
+    def test_no_cells_are_no_past(self):
+        fake = LoggingKernel(self, scripted(self.cell))
+        with connect(fake.info) as ours:
+            ours.execute("", timeout=support.DEADLINE)
+            stop = ours.catch_up(self.listener(), cells=0)
+            ours.execute("", timeout=support.DEADLINE)
+            stop()
+            ours.execute("", timeout=support.DEADLINE)
+        self.assertEqual((self.texts(True), self.texts(False)), ("", "live\n"))
+        self.assertEqual(fake.questions, [])
+
+
+if __name__ == "__main__":
+    unittest.main()
