@@ -19,7 +19,7 @@ from unittest import mock
 
 from twoproc import crashlog, recovery
 
-from . import support
+from . import support, vt
 
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b]0;title\x07\x1b[2J\x9b31m<script>alert(1)</script>\r\x08"
 
@@ -369,6 +369,18 @@ class WhatIsSaid(LogCase):
 
 # -- as a file -------------------------------------------------------------------------------------
 
+def validate(text):
+    try:
+        import nbformat.sign
+    except ImportError:
+        return
+    nbformat.validate(json.loads(text))
+    # What Jupyter does when it opens one: sign it, which encodes every text in it.
+    with contextlib.closing(nbformat.sign.MemorySignatureStore()) as store:
+        notary = nbformat.sign.NotebookNotary(secret=b"x", store_factory=lambda: store)
+        notary.compute_signature(nbformat.reads(text, 4))
+
+
 class Notebooks(LogCase):
 
     def notebook(self, session):
@@ -376,19 +388,8 @@ class Notebooks(LogCase):
         recovery.export(session, path)
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        self.validate(text)
+        validate(text)
         return json.loads(text)
-
-    def validate(self, text):
-        try:
-            import nbformat.sign
-        except ImportError:
-            return
-        nbformat.validate(json.loads(text))
-        # What Jupyter does when it opens one: sign it, which encodes every text in it.
-        with contextlib.closing(nbformat.sign.MemorySignatureStore()) as store:
-            notary = nbformat.sign.NotebookNotary(secret=b"x", store_factory=lambda: store)
-            notary.compute_signature(nbformat.reads(text, 4))
 
     def outputs(self, *outs):
         return self.notebook(self.write({"code": "x", "outs": outs}))["cells"][0]["outputs"]
@@ -821,6 +822,146 @@ class CommandLine(LogCase):
 
     def test_replay_without_anybody_to_ask_runs_nothing(self):
         self.assertIn("nothing was run", self.crashlog("--replay", self.crash("a", "b").id))
+
+
+# -- with real kernels -----------------------------------------------------------------------------
+
+class RealKernels(LogCase):
+
+    def setUp(self):
+        super().setUp()
+        support._cleanup(self, vt.end_kernels, self.home)
+
+    def died(self, *codes, **options):
+        """A kernel that ran these and did not survive the last; its session."""
+        kernel = support.start_kernel(self, home=self.home)
+        client = kernel.client()
+        for code in codes[:-1]:
+            client.execute(code)
+        client.send_execute(codes[-1])
+        self.status = kernel.wait()
+        return crashlog.sessions()[0]
+
+    def cli(self, *arguments):
+        """The command line with somebody who answers y, in the background."""
+        process = support.Process(self, [sys.executable, "-m", "twoproc.crashlog", *arguments], home=self.home,
+                                  stdin=subprocess.PIPE)
+        process.popen.stdin.write(b"y\n" * 5)
+        process.popen.stdin.flush()
+        return process
+
+    def test_a_thread_that_dies_while_the_kernel_is_idle(self):
+        session = self.died("import ctypes, threading, os\ndef work():\n    gate.wait()\n    ctypes.string_at(0)",
+                            "gate = threading.Event()\nthreading.Thread(target=work).start()",
+                            "threading.Timer(0.2, gate.set).start()")
+        for status in (None, self.status):
+            self.assertRegex(str(recovery.cause(session, status)),
+                             r"^died while idle, after In \[3\]: SIGSEGV in a thread( \(.*\))?, "
+                             r"at line 4 of In \[1\], in work$")
+
+    def test_a_childs_crash_is_not_the_kernels(self):
+        session = self.died("import ctypes, os\nif not os.fork(): ctypes.string_at(0)\nos.wait()[1] & 127",
+                            "os.kill(os.getpid(), 9)")
+        self.assertIn("text/plain': '11'", str(session.cells()[0].outputs))
+        self.assertIn("nothing else is known", recovery.cause(session).text)
+
+    def test_the_notebook_of_a_real_session_validates(self):
+        session = self.died(
+            "from IPython.display import *\nprint(1); handle = display(HTML('<b>x</b>'), display_id=True)\n2",
+            "handle.update(Latex('$y$'))", "print('gone'); clear_output(); print('there')", "1 / 0",
+            "%%private\nx = 'secret'", "display({'application/json': {'a': [1]}}, raw=True)",
+            "import os; os._exit(3)")
+        path = os.path.join(self.home.work, "x.ipynb")
+        recovery.export(session, path)
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        validate(text)
+        cells = json.loads(text)["cells"]
+        self.assertEqual([out["output_type"] for out in cells[0]["outputs"]],
+                         ["stream", "display_data", "execute_result"])
+        self.assertIn("text/latex", cells[0]["outputs"][1]["data"])
+        self.assertEqual(cells[2]["outputs"][0]["text"], "there\n")
+        self.assertEqual(cells[3]["outputs"][0]["ename"], "ZeroDivisionError")
+        self.assertEqual(cells[4]["cell_type"], "markdown")
+        self.assertEqual(cells[-1]["outputs"][-1]["ename"], "KernelDied")
+        self.assertNotIn("secret", text)
+
+    def test_an_exported_ipy_runs_in_ipython(self):
+        session = self.died("%time x = 20", "%%capture captured\nprint(x)", "import os\nos._exit(3)")
+        recovery.export(session, os.path.join(self.home.work, "x.ipy"))
+        done = subprocess.run([sys.executable, "-m", "IPython", "--colors=NoColor", "-c",
+                               "%run x.ipy\nprint('out', x, captured.stdout)"], env=self.home.env,
+                              cwd=self.home.work, capture_output=True, text=True, timeout=support.DEADLINE)
+        self.assertIn("out 20 20", done.stdout, done.stderr)
+
+    def test_the_magic_in_the_next_kernel(self):
+        first = support.start_kernel(self, home=self.home)
+        client = first.client()
+        client.execute("def twice(a): return 2 * a\nx = 20")
+        client.send_execute("import os; os._exit(3)")
+        first.wait()
+        again = support.Kernel(self, successor_of=first)
+        again.wait_file()
+        client = again.client()
+        self.assertIn("died in In [2]", client.execute("%recover").text())
+        self.assertIn("twice", client.execute("%recover defs").text())
+        self.assertEqual(client.execute("twice(4)").value, "8")
+        self.assertIn("nothing was run", client.execute("%recover replay").text())      # nobody can answer
+        self.assertIn("1 cell run again", client.execute("%recover replay", answers=["y"]).text())
+        self.assertEqual(client.execute("twice(x)").value, "40")
+        self.assertIn(".log", client.execute("%recover status").text())
+        self.assertIn("x.ipynb written", client.execute("%recover export x.ipynb").text())
+        self.assertTrue(os.path.exists(os.path.join(self.home.work, "x.ipynb")))
+        self.assertRegex(client.execute("%recover nonsense").text(), r"^%recover: [^\n]+\n$")
+        client.execute("%recover drop", answers=["y"])
+        self.assertEqual(len(crashlog.sessions()), 1)
+
+    def test_replay_into_a_running_kernel(self):
+        session = self.died("x = 20\nx", "print(input('how? '))", "import os\nos._exit(3)")
+        kernel = support.start_kernel(self, home=self.home)
+        process = self.cli("--replay", session.id, "--into", kernel.connection_file)
+        self.assertEqual(process.wait(), 0, process.log())
+        self.assertIn("how? y", process.output())
+        self.assertIn("Out[1]: 20", process.output())
+        self.assertIn("2 cells run again", process.output())
+        self.assertEqual(kernel.client().execute("x").value, "20")
+        self.assertEqual([record["by"] for record in session.outline() if record["k"] == "recovered"],
+                         [crashlog.sessions()[0].id])
+
+    def test_replay_into_a_new_kernel_in_the_same_folder(self):
+        session = self.died("import os\nprint('\x1b]0;title\x07in', os.path.basename(os.getcwd()))", "1 / 0", "y = 7",
+                            "os._exit(3)")
+        process = self.cli("--replay", session.id)
+        self.assertEqual(process.wait(), 0, process.log())
+        text = process.output()
+        self.assertIn("in work\n", text)
+        self.assertNotIn("\x1b", text)
+        self.assertIn("ZeroDivisionError", text)         # not new: it failed then, too
+        self.assertIn("3 cells run again", text)
+        self.assertRegex(text, r"kernel \S+ is left running; join it with: .* -m twoproc\.frontend --existing \S+")
+        self.assertEqual(len(vt.kernel_pids(self.home)), 1)
+
+    def test_ctrl_c_stops_the_cell_and_the_replay(self):
+        session = self.crash("import time", "print('begun', flush=True); time.sleep(60)", "z = 1", "die()")
+        kernel = support.start_kernel(self, home=self.home)
+        process = self.cli("--replay", session.id, "--into", kernel.connection_file)
+        support.wait_until(lambda: "begun\n" in process.output(), what="the cell that waits")
+        process.popen.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(), 130, process.log())
+        self.assertIn("KeyboardInterrupt", process.output())
+        self.assertIn("stopped at In [2]; not run: In [3]", process.output())
+        self.assertNotIn("Traceback (most recent call last)\n  File", process.log())
+        self.assertEqual(kernel.client().execute("1").value, "1")
+
+    def test_a_replay_that_kills_again_is_asked_about_twice_the_next_time(self):
+        session = self.crash("x = 1", "import os; os._exit(4)", "last")
+        process = self.cli("--replay", session.id)
+        self.assertEqual(process.wait(), 70, process.log())
+        self.assertIn("kernel died", process.log())
+        self.assertNotIn("within 30 s", process.log())
+        process = self.cli("--replay", session.id)
+        self.assertEqual(process.wait(), 70, process.log())
+        self.assertIn("A kernel died within 30 s of recovering this", process.log())
 
 
 if __name__ == "__main__":

@@ -260,7 +260,12 @@ def died_again(session: LoggedSession) -> bool:
     """Whether this session died within AGAIN_SECONDS of a recovery: it was recovering another, or was recovered by
     one that died so soon.  By the clock, so it is a reason to ask once more, not one to refuse."""
     there = {other.id: other for other in crashlog.sessions()}
+    began = session.opened.get("t", 0.0) - AGAIN_SECONDS
     for other in there.values():
+        # Whom this one recovered has a record of that since it began: most of the others need not be read.
+        with contextlib.suppress(OSError):
+            if other.id != session.id and os.stat(other.path(".log")).st_mtime < began:
+                continue
         for record in other.outline():
             heir = there.get(record["by"]) if record["k"] == "recovered" else None
             if heir is not None and session.id in (other.id, heir.id) and heir.state() == "died":
