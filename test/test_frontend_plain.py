@@ -194,7 +194,7 @@ class Ends(PlainCase):
         result = self.run_it(input="print(1, flush=True)\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
                                    "print(2)\n")
         self.assert_result(result, 70, "1\n")
-        self.assertRegex(result.stderr, r"\Atwoproc: kernel died: SIGKILL")
+        self.assertRegex(result.stderr, r"\Atwoproc: kernel died in In \[2\]: SIGKILL")
         self.assertEqual(len(result.stderr.splitlines()), 1, result.stderr)
 
     def test_a_reader_that_leaves_ends_us_quietly(self):

@@ -17,6 +17,7 @@ except ImportError:
     raise unittest.SkipTest("prompt_toolkit is not installed")
 
 FRONTEND = [sys.executable, "-m", "twoproc.frontend"]
+NO_LOG = ("--set", "recovery.log=no")
 CTRL_C, CTRL_D, CTRL_R, ENTER, ESCAPE = "\x03", "\x04", "\x12", "\r", "\x1b"
 
 
@@ -588,6 +589,96 @@ class Several(TerminalCase):
         self.assertIn("Out[1]: 3", self.alice.run("3", 1))
 
 
+class Joining(TerminalCase):
+    """Who comes late sees what was; who comes in the middle of a cell, all of it, once."""
+
+    def join(self, name, *arguments, **env):
+        return self.start("--quiet", "--existing", name, *arguments, user="bob", **env)
+
+    def test_the_last_cells_are_shown_by_name_between_two_rules(self):
+        alice = self.open("--name", "past")
+        for number in range(1, 5):
+            alice.run(f"print('said', {number}); {number} * 11", number)
+        bob = self.join("past", "--set", "frontend.catch_up=2")
+        self.assertEqual(bob.prompt(5), [
+            "-- earlier --",
+            "alice In [3]: print('said', 3); 3 * 11", "alice | said 3", "alice | Out[3]: 33",
+            "alice In [4]: print('said', 4); 4 * 11", "alice | said 4", "alice | Out[4]: 44",
+            "-- now --", "", "In [5]:"])
+        self.assertEqual(self.join("past", "--set", "frontend.catch_up=0").prompt(5), ["", "In [5]:"])
+
+    def test_a_cell_that_runs_is_seen_from_its_first_line_to_its_last_each_once(self):
+        alice = self.open("--name", "running")
+        alice.run("import time", 1)
+        alice.send("for i in range(1, 101): print(i, flush=True); time.sleep(0.02)\r")
+        alice.wait(lambda lines: "20" in lines)
+        alice.send("\x1c")
+        self.assertEqual(alice.wait_end(), 0)
+        bob = self.join("running")
+        bob.wait(lambda lines: "alice | 100" in lines)
+        bob.prompt(3)
+        shown = bob.screen.all_lines()
+        self.assertEqual([line for line in shown if line.startswith("alice | ")],
+                         [f"alice | {i}" for i in range(1, 101)])
+        self.assertLess(shown.index("-- now --"), shown.index("alice | 1"))
+        self.assertEqual(bob.run("'on'", 3)[-3:], ["Out[3]: 'on'", "", "In [4]:"])
+
+    def test_what_others_typed_comes_back_and_what_is_private_does_not(self):
+        alice = self.open("--name", "typed")
+        alice.run("before_he_came = 1", 1)
+        alice.send("%%private\rprivate_word = 1\r\r")
+        alice.prompt(3)
+        bob = self.join("typed", XDG_STATE_HOME=os.path.join(self.home.path, "bobs"))
+        bob.prompt(3)
+        self.assertNotIn("private_word", bob.raw)
+        alice.run("while_he_was = 1", 3)
+        bob.prompt(4)
+        for begin, end in (("bef", "before_he_came = 1"), ("whi", "while_he_was = 1")):
+            bob.send(begin)
+            bob.type("up")
+            bob.wait(lambda lines, end=end: lines[-1] == f"In [4]: {end}")
+            bob.send(CTRL_C)
+            bob.prompt(4)
+        bob.send("pri")
+        bob.type("up")
+        bob.send("x")
+        bob.wait(lambda lines: lines[-1].startswith("In [4]: prix"))
+        with open(os.path.join(self.home.env["XDG_STATE_HOME"], "twoproc", "history")) as file:
+            text = file.read()
+        self.assertIn("before_he_came", text)
+        self.assertNotIn("private_word", text)
+
+    def test_the_log_can_be_shown_found_and_saved(self):
+        terminal = self.open("--name", "asked")
+        terminal.run("print('one')", 1)
+        terminal.run("print('two')", 2)
+        terminal.send(":last 1\r")
+        lines = terminal.wait(lambda lines: "alice | two" in lines)
+        self.assertNotIn("alice | one", lines)
+        terminal.send(":last\r")
+        terminal.wait("how many?")
+        terminal.send(":log\r")
+        terminal.wait(lambda lines: "/twoproc/sessions/" in "".join(lines))
+        for name in ("saved.py", "saved.ipynb"):
+            terminal.send(f":save {name}\r")
+            terminal.wait(lambda lines, name=name: f"/{name}" in "".join(lines).partition("saved to ")[2])
+            with open(os.path.join(self.home.work, name)) as file:
+                self.assertIn("print('two')", file.read())
+        terminal.send(":save saved.py\r")
+        terminal.wait("exists already")
+        terminal.send(":save other.doc\r")
+        terminal.wait("other.doc: the name must end in")
+        terminal.prompt(3)
+
+    def test_a_kernel_without_a_log_says_so(self):
+        terminal = self.open(*NO_LOG)
+        terminal.run("1", 1)
+        for count, command in enumerate((":last 1", ":log", ":save x.py"), 1):
+            terminal.send(command + "\r")
+            terminal.wait(lambda lines, count=count: "\n".join(lines).count("keeps no log") == count)
+            terminal.prompt(2)
+
+
 class Leaving(TerminalCase):
 
     def test_ctrl_d_asks_what_to_do_with_ones_own_kernel(self):
@@ -655,13 +746,14 @@ class Leaving(TerminalCase):
         self.assertIn("Out[2]: 'first'", second.run("x", 2))
 
 
-class Deaths(TerminalCase):
+class DeathsWithoutALog(TerminalCase):
+    """What the log adds is test_death.py's."""
 
     def test_the_cause_is_told_within_a_second_and_the_typed_text_kept(self):
         for kill, cause in (("os._exit(7)", "exit status 7"), ("os.kill(os.getpid(), 9)", "SIGKILL"),
                             ("os.kill(os.getpid(), 11)", "SIGSEGV")):
             with self.subTest(cause=cause):
-                terminal = self.open()
+                terminal = self.open(*NO_LOG)
                 terminal.run(f"import os, threading; threading.Timer(0.3, lambda: {kill}).start()", 1)
                 terminal.send("half typed")
                 begin = time.monotonic()
@@ -677,7 +769,7 @@ class Deaths(TerminalCase):
                 terminal.run("5", 1)
 
     def test_the_running_cell_is_said_to_be_lost_and_quitting_is_status_70(self):
-        terminal = self.open()
+        terminal = self.open(*NO_LOG)
         terminal.send("import os; os._exit(3)\r")
         terminal.wait(" died: exit status 3 while running In [1], which is lost")
         terminal.wait("[q]uit:")
@@ -686,7 +778,7 @@ class Deaths(TerminalCase):
         self.assertNotIn("Traceback", terminal.raw)
 
     def test_a_new_kernel_can_take_its_place(self):
-        terminal = self.open("--name", "old-one")
+        terminal = self.open("--name", "old-one", *NO_LOG)
         terminal.send("import os; os.abort()\r")
         terminal.wait(" died: SIGABRT")
         terminal.wait("[q]uit:")
@@ -695,7 +787,7 @@ class Deaths(TerminalCase):
         self.assertIn("Out[1]: 2", terminal.run("1+1", 1))
 
     def test_who_attached_is_told_too(self):
-        kernel = support.start_kernel(self, home=self.home)
+        kernel = support.start_kernel(self, *NO_LOG, home=self.home)
         terminal = self.start("--quiet", "--existing", kernel.connection_file)
         terminal.prompt(1)
         os.kill(kernel.pid, signal.SIGKILL)

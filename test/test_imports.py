@@ -25,6 +25,7 @@ ROOMS = {
     "crashlog": ("connection recovery", ""),
     "recovery": ("crashlog export screen connection client config launcher start", ""),
     "export": ("crashlog", ""),
+    "screen": ("", ""),
     # the kernel's process
     "streams": ("", ""),
     "shell": ("session history completion comms crashlog", "IPython traitlets"),
@@ -34,17 +35,18 @@ ROOMS = {
     "kernel": ("session channels connection config crashlog recovery shell streams launcher", ""),
     # whoever talks to it
     "client": ("session channels connection", ""),
-    "launcher": ("connection client", ""),
+    "launcher": ("connection client crashlog", ""),
     "start": ("connection config launcher", ""),
+    "death": ("crashlog recovery connection client", ""),
     "cells": ("", ""),
-    "screen": ("", ""),
     "painter": ("session screen", ""),
-    "prompt": ("client connection cells", "prompt_toolkit pygments ipython_pygments_lexers"),
-    "terminal": ("client launcher connection session screen painter prompt start", "prompt_toolkit"),
-    "frontend": ("client launcher connection config session cells screen painter start terminal", "IPython"),
+    "prompt": ("client crashlog cells", "prompt_toolkit pygments ipython_pygments_lexers"),
+    "terminal": ("client launcher connection session screen painter prompt start death", "prompt_toolkit"),
+    "frontend": ("client launcher connection config session cells screen painter start terminal death", "IPython"),
 }
 KERNEL_SIDE = {"shell", "history", "completion", "comms", "streams", "kernel"}
-CLIENT_SIDE = {"client", "launcher", "start", "cells", "screen", "painter", "prompt", "terminal", "frontend"}
+CLIENT_SIDE = {"client", "launcher", "start", "death", "cells", "screen", "painter", "prompt", "terminal",
+               "frontend"}
 # `kernel --install-kernelspec` is a command that starts no kernel; a running one never loads the launcher.
 NEIGHBOURS = {("kernel", "launcher")}
 HEAVY = ("zmq", "IPython", "prompt_toolkit", "traitlets", "jupyter_client", "ipykernel", "tornado")

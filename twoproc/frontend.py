@@ -28,7 +28,7 @@ from . import __version__, config, connection, launcher
 from .start import Start, banner, kernel_lines
 
 if TYPE_CHECKING:
-    from .client import Client
+    from .client import Client, KernelDied
     from .session import Message
 
 DIED = 70
@@ -215,7 +215,7 @@ class Plain:
                     self.is_python = (info.get("language_info") or {}).get("name", "python") == "python"
                     return self._run(source, is_batch)
             except KernelDied as died:
-                return fail(str(died) + self._last_words(), DIED)
+                return fail(self._cause(died) + self._last_words(), DIED)
             except NotReady as error:
                 return fail(str(error), 2)
         except BrokenPipeError:
@@ -244,6 +244,12 @@ class Plain:
                     return self.start.end()
                 except KeyboardInterrupt:
                     self.start.process.kill()
+
+    def _cause(self, died: KernelDied) -> str:
+        """By the log, if there is one, that knows more than how the process ended."""
+        from . import death
+        dead = death.obituary(self.start.connection_file, self.client)
+        return dead.line() if dead is not None and (dead.death.cell or dead.death.line) else str(died)
 
     def _last_words(self) -> str:
         words = self.start.process.last_words() if self.start.process is not None else []

@@ -230,6 +230,9 @@ class KernelProcess:
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})   # Ctrl-C is for the main thread
         process.wait()
+        if not (self._is_expected and process.returncode == 0):
+            from . import crashlog      # here: who starts a kernel does not wait for it
+            crashlog.note_exit(self.connection_file, process.pid, process.returncode)
         with self._lock:
             self._cause = self._name_cause(process.returncode)
             callbacks = list(self._callbacks)

@@ -207,6 +207,10 @@ class Painter:
         self.fresh_line()
         self._add(text.rstrip("\n") + "\n")
 
+    def handle_twoproc_gap(self, message: Message, who: str | None) -> None:
+        """The client's own, in place of what it could not get."""
+        self._whole_lines(who, [self.dim("(output missed: %s)" % message.content.get("reason", ""))])
+
     def handle_clear_output(self, message: Message, who: str | None) -> None:
         if who is None and not self.is_prompt_up:
             self._clear_first = True

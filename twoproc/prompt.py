@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -29,9 +29,9 @@ from prompt_toolkit.lexers import DynamicLexer, Lexer, PygmentsLexer, SimpleLexe
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
-from . import connection
 from .cells import check_complete
 from .client import Client, KernelDied
+from .crashlog import StateError, is_private, state_folder
 
 
 class Prompt:
@@ -111,7 +111,7 @@ class Prompt:
     def _come_back(self, task: Any) -> None:
         self.is_away = False
         error = None if task.cancelled() else task.exception()
-        self._tell("come_back", "the editor could not be run: %s" % error if error else "")
+        self._tell("say", "the editor could not be run: %s" % error if error else "")
 
     def _is_in_indentation(self) -> bool:
         document = self.session.default_buffer.document
@@ -169,7 +169,10 @@ def _indentation_of(line: str) -> str:
 
 
 class SavedHistory(History):
-    """Earlier inputs, in a file of the user's own (0600), one JSON string a line; and those of the kernel."""
+    """Earlier inputs: the user's own, in a file (0600), one JSON string a line; behind them what others typed.
+
+    `%%private` cells are remembered until the program ends and are not in the file.
+    """
 
     _loaded: bool           # History's own: _loaded_strings, the newest first, are there
     _loaded_strings: list[str]
@@ -177,6 +180,21 @@ class SavedHistory(History):
     def __init__(self, path: str | None, limit: int):
         super().__init__()
         self._path, self._limit = path, limit
+        self._own: set[str] = set()
+        self._others: dict[str, None] = {}      # the oldest first, none of them in _own
+
+    async def load(self) -> AsyncGenerator[str, None]:
+        self._load()
+        for string in [*self._loaded_strings, *reversed(self._others)]:
+            yield string
+
+    def get_strings(self) -> list[str]:
+        return [*self._others, *reversed(self._loaded_strings)]
+
+    def _load(self) -> None:
+        if not self._loaded:
+            self._loaded_strings, self._loaded = list(self.load_history_strings()), True
+            self._own = set(self._loaded_strings)
 
     def load_history_strings(self) -> Iterable[str]:
         lines: list[str] = []
@@ -192,7 +210,7 @@ class SavedHistory(History):
         return list(entries)
 
     def store_string(self, string: str) -> None:
-        if self._path is None:
+        if self._path is None or is_private(string):
             return
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
@@ -203,28 +221,33 @@ class SavedHistory(History):
 
     def append_string(self, string: str) -> None:
         if not self._loaded_strings or self._loaded_strings[0] != string:
+            self._own.add(string)
+            self._others.pop(string, None)
             super().append_string(string)
 
     def merge(self, entries: list[str]) -> None:
-        """Older inputs, the oldest first, that the kernel remembers."""
-        if not self._loaded:
-            self._loaded_strings, self._loaded = list(self.load_history_strings()), True
-        known = set(self._loaded_strings)
-        self._loaded_strings += list(dict.fromkeys(entry for entry in reversed(entries) if entry not in known))
+        """What the kernel remembers, the oldest first, from before we heard of it."""
+        self._load()
+        older = dict.fromkeys(entry for entry in reversed(entries)
+                              if entry not in self._own and entry not in self._others and not is_private(entry))
+        self._others = {**dict.fromkeys(reversed(older)), **self._others}
+
+    def hear(self, entry: str) -> None:
+        """Somebody else's input, just now."""
+        self._load()
+        if entry not in self._own and not is_private(entry):
+            self._others.pop(entry, None)
+            self._others[entry] = None
+            if len(self._others) > self._limit:
+                del self._others[next(iter(self._others))]
 
 
 def history_path() -> str | None:
     """<state folder>/history, the folder made; None where it cannot be kept."""
-    base = os.environ.get("TWOPROC_STATE")
-    if not base:
-        state = os.environ.get("XDG_STATE_HOME", "")
-        base = os.path.join(state if os.path.isabs(state) else os.path.expanduser("~/.local/state"), "twoproc")
     try:
-        os.makedirs(base, mode=0o700, exist_ok=True)
-        connection.private_folder(base)
-    except (OSError, connection.ConnectionFileError):
+        return os.path.join(state_folder(), "history")
+    except StateError:
         return None
-    return os.path.join(base, "history")
 
 
 class KernelCompleter(Completer):

@@ -40,6 +40,7 @@ class Start:
             words = [word for item in arguments.set for word in ("--set", item)]
             if keep:        # it outlives a terminal that is closed or cut off, but not for ever
                 words += ["--orphan-timeout", str(settings["kernel.orphan_timeout"])]
+                words += ["--set", "recovery.notice=no"]    # we tell of its death ourselves, at once
             options["arguments"] = (["--config", arguments.config] if arguments.config else []) + words
         self.process = launcher.KernelProcess(arguments.kernel, **options)
         self.connection_file = self.process.connection_file

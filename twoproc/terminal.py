@@ -37,15 +37,16 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.document import Document
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input.typeahead import get_typeahead
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.lexers import Lexer
 
-from . import connection, screen
+from . import connection, death, screen
 from .client import Client, KernelDied
 from .launcher import LaunchError
 from .painter import Painter
 from .prompt import Invisible, Prompt, lexer_of
-from .session import Message
+from .session import Message, timestamp
 from .start import banner, join_command, kernel_lines
 
 # A second Ctrl-C within this time says that the first one did not help.
@@ -55,6 +56,7 @@ MUFFLED_SECONDS = 1.0
 # Whoever was heard of this long ago counts as still there: the kernel does not say who is attached.
 PRESENCE_SECONDS = 600.0
 WRITE_CHARS = 1 << 15       # between two looks for Ctrl-C while much is written
+SHOWN_BYTES = 1 << 20       # of the log, at most, when the user asks for it
 REDRAW_SECONDS = 0.03       # at most so often is a prompt redrawn for the sake of output above it
 
 
@@ -125,13 +127,15 @@ class Terminal:
         self.busy: tuple[str, str, Any, float] | None = None    # msg_id, who, count, since: somebody else's cell
         self.others: dict[str, tuple[str, float]] = {}          # session -> name, when last heard of
         self.died: str | None = None        # the cause, from the death of the kernel until it is replaced
-        self.lost = ""                      # what else to say about it
+        self.dead: death.Obituary | None = None     # what its log says about that, if it has one
+        self.lost = ""                      # what to say about the running cell if there is no log
         self._is_death_told = False
         self.next_input: Document | None = None
         self.actions: list[Callable[[], None]] = []     # what main does next, instead of asking for input
         self.connect_error: Exception | None = None
         self.is_settled = False             # the kernel was found, or was not
-        self._early: list[tuple[Client, Message]] = []      # heard before the client was ready
+        self._has_looked_back = False       # for sessions that ended badly before
+        self._early: list[tuple[Client, Message, bool]] = []    # heard before the client was ready
         self._interrupts = self._interrupts_forgotten = 0   # SIGINTs; those up to this one were for somebody else
         self._app: Any = None
         colors = settings["frontend.colors"] != "off" and not os.environ.get("NO_COLOR")
@@ -202,18 +206,25 @@ class Terminal:
         client = None
         try:
             client = Client(start.wait())
-            client.listen(lambda message: self.inbox.put("iopub", client, message))
+            client.catch_up(lambda message, is_past: self.inbox.put("iopub", client, message, is_past),
+                            self.settings["frontend.catch_up"] if start.process is None else 0)
             client.watch(lambda state: self.inbox.put(state, client))
             info = client.wait_ready().content
+            inputs: list = []
             if start.process is None:
                 with contextlib.suppress(TimeoutError):
                     entries = client.history("range", session=0, start=1, timeout=1.0).content.get("history") or []
                     self.inbox.put("count", client, max((entry[1] for entry in entries), default=0) + 1)
+                    inputs = [entry[2] for entry in entries]
             self.inbox.put("ready", start, client, info)
             self.inbox.put("lexer", lexer_of(info.get("language_info") or {}))
             with contextlib.suppress(TimeoutError):
                 entries = client.history("tail", n=1000, timeout=2.0).content.get("history") or []
-                self.inbox.put("history", [entry[2] for entry in entries])
+                inputs[:0] = [entry[2] for entry in entries]
+            self.inbox.put("history", inputs)
+            if not self._has_looked_back:
+                self._has_looked_back = True
+                self.inbox.put("say", death.news())
         except Exception as error:      # whatever it is, main shows it in one line and says what can be done
             if client is None or client is not self.client:
                 self.inbox.put("failed", start, error)
@@ -243,7 +254,7 @@ class Terminal:
         messages: list = []
         for kind, *values in items:
             if kind == "iopub":
-                client, message = values
+                client, message, is_past = values
                 if client is self.client:
                     self._note_message(message)
                     messages.append((message, self._speaker(message)))
@@ -251,7 +262,7 @@ class Terminal:
                         self.painter.show(messages)
                         messages = []
                 elif self.client is None:
-                    self._early.append((client, message))
+                    self._early.append((client, message, is_past))
                 continue
             self.painter.show(messages)
             messages = []
@@ -268,25 +279,47 @@ class Terminal:
             return None
         return str(message.parent_header.get("username") or "somebody")
 
-    def _note_message(self, message: Message) -> None:
+    def _show_past(self, messages: list[Message]) -> None:
+        """What was before we came, between two rules; a cell that runs is not past, and goes on below them."""
+        ended = {message.parent_header.get("msg_id") for message in messages if message.msg_type == "status"}
+        begun = [number for number, message in enumerate(messages) if message.msg_type == "execute_input"]
+        at = len(messages)
+        if begun and messages[begun[-1]].parent_header.get("msg_id") not in ended:
+            at = begun[-1]
+        for message in messages:
+            self._note_message(message, is_past=True)
+        if at:
+            self.painter.say(self.painter.dim("-- earlier --"))
+            self._show_by_name(messages[:at])
+            self.painter.say(self.painter.dim("-- now --"))
+        self._show_by_name(messages[at:])
+
+    def _show_by_name(self, messages: list[Message]) -> None:
+        names = [str(message.parent_header.get("username") or "somebody") for message in messages]
+        self.painter.show(list(zip(messages, names)))
+        self.painter.flush_lines()
+
+    def _note_message(self, message: Message, is_past: bool = False) -> None:
         """Who is there, who is busy, which number comes next."""
         who = self._speaker(message)
         parent = message.parent_header
+        said = time.monotonic() - _age(message) if is_past else time.monotonic()
         if who is not None:
-            self.others[str(parent.get("session"))] = who, time.monotonic()
+            self.others[str(parent.get("session"))] = who, said
         state = message.content.get("execution_state") if message.msg_type == "status" else None
         if message.msg_type == "execute_input":
             count = message.content.get("execution_count")
-            if type(count) is int:
-                self.prompt.count = count + 1
+            if type(count) is int:      # what is past may end before the newest, which is not in the log if private
+                self.prompt.count = max(count + 1, self.prompt.count if is_past else 0)
             if self._is_mine(message):
                 self.cell.count = count
             elif who is not None:
-                self.busy = str(parent.get("msg_id")), who, count, time.monotonic()
+                self.busy = str(parent.get("msg_id")), who, count, said
+                self.prompt.history.hear(str(message.content.get("code", "")))
                 self._refresh()
         elif state == "busy" and who is not None and parent.get("msg_type") == "execute_request":
             if self.busy is None or self.busy[0] != parent.get("msg_id"):
-                self.busy = str(parent.get("msg_id")), who, "?", time.monotonic()
+                self.busy = str(parent.get("msg_id")), who, "?", said
         elif state == "idle":
             if self._is_mine(message):
                 self.cell.is_idle = True
@@ -300,10 +333,9 @@ class Terminal:
             client.close(0)
             return
         self.client, self.is_settled = client, True
-        for other, message in self._early:
-            if other is client:
-                self._note_message(message)
-        self._early.clear()
+        early, self._early = [entry for entry in self._early if entry[0] is client], []
+        self._show_past([message for _, message, is_past in early if is_past])
+        self._handle([("iopub", *entry) for entry in early if not entry[2]])
         language = info.get("language_info") or {}
         self.prompt.language = str(language.get("name") or "python").lower()
 
@@ -323,8 +355,8 @@ class Terminal:
     def handle_history(self, entries: list) -> None:
         self.prompt.history.merge([entry for entry in entries if isinstance(entry, str)])
 
-    def handle_come_back(self, text: str) -> None:
-        """From the editor; what was said meanwhile is shown now."""
+    def handle_say(self, text: str) -> None:
+        """A line of another thread's, or nothing: then what was said while an editor had the screen is shown now."""
         if text:
             self.painter.say(text)
 
@@ -660,8 +692,12 @@ class Terminal:
             raise _NoAnswer     # the cell ended, or we leave, while the user was thinking
         return answer
 
-    def choose(self, question: str, letters: str, default: str) -> str:
-        """One key out of `letters`; Enter, Ctrl-C and Ctrl-D mean `default`."""
+    def choose(self, question: str, letters: str, default: str, at_end: str | None = None) -> str:
+        """One key out of `letters`; Enter, Ctrl-C and Ctrl-D mean `default`.
+
+        at_end: what Ctrl-D, or no more input, means instead; Ctrl-C is no answer then.
+        Empty for no answer, and if something else happened that ends the question.
+        """
         keys = KeyBindings()
         for letter in letters:
             @keys.add(letter, eager=True)
@@ -678,9 +714,23 @@ class Terminal:
         self.painter.fresh_line()
         session: PromptSession = PromptSession(message=question, key_bindings=keys, history=InMemoryHistory(),
                                                color_depth=self.session.color_depth)
-        with contextlib.suppress(KeyboardInterrupt, EOFError):
-            return self._run_prompt(session) or default
-        return default
+        try:
+            answer = self._run_prompt(session)
+        except KeyboardInterrupt:
+            return default if at_end is None else ""
+        except EOFError:
+            return default if at_end is None else at_end
+        return "" if answer is None else answer or default
+
+    def _keep_typed(self) -> None:
+        """What was typed before a question came up is no answer to it: it goes into the next prompt as text."""
+        source = self.session.app.input
+        with source.raw_mode():
+            keys = [*get_typeahead(source), *source.read_keys(), *source.flush_keys()]
+        text = "".join(key.data for key in keys if key.data.isprintable() or not key.data.strip())
+        text = text.replace("\r", "\n").strip("\n")
+        if text:
+            self.next_input = _at_end((self.next_input.text if self.next_input else "") + text)
 
     # -- payloads
 
@@ -750,6 +800,9 @@ class Terminal:
         "shutdown": ("", "end the kernel and leave"),
         "detach": ("", "leave; the kernel lives on"),
         "who": ("", "who else was seen at this kernel"),
+        "last": ("N", "the last N cells again, whoever ran them"),
+        "log": ("", "where the session's log is"),
+        "save": ("FILE", "write the session to FILE.ipynb or FILE.py"),
         "kernels": ("", "your kernels on this machine"),
         "connect": ("NAME", "leave this kernel for another"),
     }
@@ -781,10 +834,10 @@ class Terminal:
                        "yn", "n") == "y":
             self._restart()
 
-    def _restart(self) -> None:
+    def _restart(self) -> bool:
         if self.process is None:
             self.painter.say("only who started kernel %s can restart it; :shutdown ends it" % self.name)
-            return
+            return False
         self.painter.say("restarting kernel %s" % self.name)
         self._write(self.painter.take())
         if self.client is not None:
@@ -792,6 +845,8 @@ class Terminal:
         with self._one_line("not restarted"):
             self.process.restart()
             self.connect()
+            return True
+        return False
 
     def command_shutdown(self, argument: str) -> None:
         if self.process is None or self._others_now():
@@ -808,6 +863,26 @@ class Terminal:
             self.painter.say("%-16s heard %d s ago" % (name, now - heard))
         if not self.others:
             self.painter.say("nobody else was heard of; the kernel tells only when somebody does something")
+
+    def command_last(self, argument: str) -> None:
+        if not argument.isdecimal():
+            self.painter.say("how many?  %slast 5" % self.settings["frontend.command_prefix"])
+        elif self._wait_client():
+            with self._one_line("not shown"):
+                page = self.client.log(int(argument), SHOWN_BYTES)
+                if not page.session:
+                    self.painter.say("kernel %s keeps no log" % self.name)
+                self._show_by_name(page.messages)
+
+    def command_log(self, argument: str) -> None:
+        if self._wait_client():
+            with self._one_line("log"):
+                self.painter.say(death.where(self.client.log(0).session) or "kernel %s keeps no log" % self.name)
+
+    def command_save(self, argument: str) -> None:
+        if self._wait_client():
+            with self._one_line("not saved"):
+                self.painter.say("saved to " + death.save(self.client.log(0).session, argument))
 
     def command_kernels(self, argument: str) -> None:
         with self._one_line("kernels"):
@@ -892,7 +967,14 @@ class Terminal:
             return
         self._is_death_told = True
         is_wanted = self.died.startswith(("shut down", "restarted"))
-        self.painter.say("kernel %s%s %s%s" % (self.name, "" if is_wanted else " died:", self.died, self.lost))
+        self.dead = None if is_wanted else death.obituary(self.start.connection_file, self.client)
+        if self.dead is None:
+            self.painter.say("kernel %s%s %s%s" % (self.name, "" if is_wanted else " died:", self.died, self.lost))
+        else:
+            for line in self.dead.lines:
+                self.painter.say(screen.without_escapes(line))
+            if self.process is None:
+                self.painter.say("  this terminal goes on with kernel %s if whoever started it restarts it" % self.name)
         self.lost = ""
         for line in self.process.last_words() if self.process is not None and not is_wanted else []:
             self.painter.say("  " + screen.without_escapes(line))
@@ -902,18 +984,47 @@ class Terminal:
         if self.died is not None and self.died.startswith("restarted"):
             # Somebody starts it again: its successor answers in a moment.
             self.pump_until(lambda: self.died is None, 10.0)
-        if self.died is None:
-            return
-        choice = self.choose("[r]estart [n]ew kernel [q]uit: " if self.process is not None else "[n]ew kernel [q]uit: ",
-                             "rnq" if self.process is not None else "nq", "q")
-        if self.died is None:       # it came back while the user was thinking
-            return
-        if choice == "r":
-            self._restart()
-        elif choice == "n":
-            self._start_new()
-        else:
-            self.exit_code = 70
+        self._keep_typed()
+        while self.died is not None and self.exit_code is None:
+            choice = self._ask_after_death()
+            if self.died is None:       # it came back while the user was thinking
+                return
+            if choice == "s":
+                self.page(self.dead.text())
+            elif choice == "e":
+                with self._one_line("not exported"):
+                    self.painter.say("exported to " + self.dead.export(os.getcwd()))
+            elif choice == "r":
+                self._recover()
+                return
+            elif choice == "n":
+                self._start_new()
+                return
+            elif choice == "q":
+                self.exit_code = 70
+            elif self.actions:
+                return
+
+    def _ask_after_death(self) -> str:
+        is_mine = self.process is not None
+        if self.dead is None:
+            return self.choose("[r]estart [n]ew kernel [q]uit: " if is_mine else "[n]ew kernel [q]uit: ",
+                               "rnq" if is_mine else "nq", "q")
+        rest = "[n]ew session  [s]how  [e]xport .ipynb  "
+        if not is_mine:
+            return self.choose(rest + "[q]uit ? ", "nseq", "", at_end="q")
+        if self.dead.is_again:      # recovering it may be what kills it: nobody shall do that by pressing Enter
+            return self.choose(rest + "[r]ecover again  [q]uit ? ", "nserq", "", at_end="q")
+        return self.choose("[r]ecover  " + rest + "[q]uit ? ", "rnseq", "r", at_end="q")
+
+    def _recover(self) -> None:
+        """A fresh interpreter at the same address, which knows what was there before; nothing is run."""
+        dead = self.dead
+        if self._restart() and dead is not None and self.pump_until(lambda: self.is_settled, 30.0):
+            self.prompt.history.merge(dead.inputs())
+            with self._one_line("its log"):
+                if self.client is not None:
+                    self.painter.say(dead.recovered(self.client.log(0).session))
 
     def _choose_after_failure(self) -> None:
         error, self.connect_error = self.connect_error, None
@@ -944,6 +1055,12 @@ class _Found:
 
     def wait(self) -> str:
         return self.connection_file
+
+
+def _age(message: Message) -> float:
+    """Seconds since it was said, as far as the clocks of both sides agree."""
+    age = time.time() - timestamp(message.header.get("date"))
+    return age if 0 < age < float("inf") else 0.0
 
 
 def _at_end(text: str) -> Document:

@@ -1,0 +1,169 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""What a frontend knows of a session that ended badly: of the one it was working in, and of those before.
+
+The log of the session says what happened; this reads it for terminal.py, which asks the user what is to be done,
+and for frontend.py, which has one line to say.  Nothing here runs a cell, and nothing waits.  recovery.py is
+loaded when there was a death, or when the user asks for the log: not at every start.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from . import crashlog
+from .connection import ConnectionFileError, open_private
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .crashlog import LoggedSession
+
+# Above this a log is not read only to say in passing how many cells are in it.
+COUNTED_BYTES = 4 << 20
+
+
+def obituary(connection_file: str, client: Client | None) -> Obituary | None:
+    """What the log says about the kernel that just died; None if there is none, or it was closed properly."""
+    # Our kernels write their connection files; a Jupyter manager writes its own, without a process in it.
+    pid = client.info.extra.get("twoproc_pid") if client is not None else None
+    with contextlib.suppress(crashlog.StateError, OSError):
+        for session in crashlog.sessions():
+            if session.opened.get("conn") == connection_file and pid in (None, session.opened.get("pid")):
+                state = session.state()
+                # A process known to have ended may have left its lock to a child for a moment.
+                return Obituary(session) if state == "died" or pid is not None and state != "closed" else None
+    return None
+
+
+class Obituary:
+    """The session of a dead kernel.  lines: what happened, what is saved; is_again: soon after a recovery."""
+
+    def __init__(self, session: LoggedSession):
+        from . import recovery
+        self.session = session
+        self.death = recovery.cause(session)
+        self.lines = recovery.describe(session)
+        self.is_again = recovery.died_again(session)
+        if self.is_again:
+            self.lines.append("  it died within %d s of a recovery: what was recovered may be what kills it"
+                              % recovery.AGAIN_SECONDS)
+
+    def text(self) -> str:
+        """Its inputs and outputs."""
+        from . import recovery
+        return "\n".join(recovery.show(self.session))
+
+    def export(self, folder: str) -> str:
+        """Write them as a notebook; its path.  ValueError says why not."""
+        return save(self.session.id, os.path.join(folder, "session-%s.ipynb" % self.session.id))
+
+    def inputs(self) -> list[str]:
+        return [record["code"] for record in self.session.outline()
+                if record["k"] == "begin" and isinstance(record.get("code"), str)]
+
+    def recovered(self, by: str) -> str:
+        """A fresh kernel, whose session is `by`, has taken its place: put that on record; what the user should know."""
+        with contextlib.suppress(crashlog.StateError, OSError):
+            with self.session.take():
+                self.session.append("recovered", by=by, how="restart")
+        from . import recovery
+        cells = recovery.replay_cells(self.session)
+        what = recovery.cell_name(self.death.cell) if self.death.cell is not None else "nothing"
+        text = "%s was %s again" % (what, "not run" if self.death.cell is not None else "run")
+        if cells:
+            first, last = recovery.cell_name(cells[0]), recovery.cell_name(cells[-1])
+            text += "; %%recover replay runs %s again" % (first if first == last else "%s-%s" % (first, last))
+        return text
+
+    def line(self) -> str:
+        """For who can read only one: what killed it, and where to look."""
+        place = "" if self.death.cell is None else " %s" % self.death.place
+        return "kernel died%s: %s; see %s" % (place, self.death.text, command("--show", self.session.id))
+
+
+def command(*words: str) -> str:
+    return " ".join([os.path.basename(sys.executable) or "python", "-m", "%s.crashlog" % __package__, *words])
+
+
+# -- the log of a living session
+
+def where(name: str) -> str:
+    """Where the log of the session of that name is; empty for no name."""
+    if not name:
+        return ""
+    try:
+        path = crashlog.find(name).path(".log")
+        return "session %s: %s, %d kB" % (name, path, os.stat(path).st_size + 999 >> 10)
+    except (crashlog.StateError, OSError):
+        return "session %s: not on this machine" % name
+
+
+def save(name: str, path: str) -> str:
+    """Write the session of that name to a file, by its extension as notebook or script; the whole path.
+
+    ValueError says why not.
+    """
+    from . import recovery
+    if not name:
+        raise ValueError("the kernel keeps no log")
+    path = os.path.abspath(os.path.expanduser(path))
+    try:
+        recovery.export(crashlog.find(name), path)
+    except (crashlog.StateError, recovery.RecoveryError) as error:
+        raise ValueError(str(error)) from error
+    return path
+
+
+# -- sessions of before
+
+def news() -> str:
+    """One line about the sessions that ended badly; empty if there is nothing new.
+
+    Each is said once: <state folder>/told has the names.  Left out is what somebody has recovered, and what a
+    kernel at the same address has followed: its user knows.
+    """
+    with contextlib.suppress(crashlog.StateError, ConnectionFileError, OSError):
+        there = crashlog.sessions()
+        known = _told() if there else set()
+        followed = {session.opened.get("prev") for session in there}
+        new = [session for session in there if session.id not in known and session.state() == "died"]
+        if new:
+            _tell([session.id for session in there if session.id in known] + [session.id for session in new])
+        new = [session for session in new if session.id not in followed and not _is_recovered(session)]
+        if new:
+            return "%d session%s did not close properly (%s%s): %s" % (
+                len(new), "s"[len(new) < 2:], "the last " if len(new) > 1 else "", _in_short(new[0]), command("--list"))
+    return ""
+
+
+def _told() -> set[str]:
+    with contextlib.suppress(OSError), open(os.path.join(crashlog.state_folder(), "told"), encoding="ascii") as file:
+        return set(file.read().split())
+    return set()
+
+
+def _tell(names: list[str]) -> None:
+    path = os.path.join(crashlog.state_folder(), "told")
+    temporary = "%s.%d.tmp" % (path, os.getpid())
+    with os.fdopen(open_private(temporary, os.O_WRONLY | os.O_CREAT), "w") as file:
+        file.write("".join(name + "\n" for name in names))
+    os.replace(temporary, path)
+
+
+def _outline(session: LoggedSession) -> list[dict]:
+    return session.outline() if os.stat(session.path(".log")).st_size < COUNTED_BYTES else []
+
+
+def _is_recovered(session: LoggedSession) -> bool:
+    return any(record["k"] == "recovered" for record in _outline(session))
+
+
+def _in_short(session: LoggedSession) -> str:
+    """When it was last heard of, where, and how much it is."""
+    path, home = str(session.opened.get("cwd", "?")), os.path.expanduser("~")
+    cells = sum(record["k"] == "begin" for record in _outline(session))
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(session.path(".log")).st_mtime))
+    return ", ".join([when, "~" + path[len(home):] if path.startswith(home + os.sep) else path,
+                      *(["%d cell%s" % (cells, "s"[cells < 2:])] if cells else [])])
