@@ -9,6 +9,8 @@ import unittest
 
 import zmq
 
+from twoproc.client import connect
+
 from . import support
 
 BUSY = "import time\nprint('now')\nwhile not go: time.sleep(0.002)"
@@ -65,6 +67,29 @@ class ComingAndGoing(support.KernelCase):
                 message = client.take("iopub", lambda message: message.msg_type == "execute_result")
                 seen[message.parent_id] = message.content["data"]["text/plain"]
             self.assertEqual([seen[msg_id] for msg_id in sent], [str(2 * other) for other in range(50)])
+
+
+class TheSameOrder(support.KernelCase):
+
+    def test_five_frontends_that_all_run_cells_at_once_see_all_inputs_in_one_order(self):
+        turns = support.rounds(40, 200)
+        seen = [[] for _ in range(5)]
+        clients = [connect(self.kernel.connection_file) for _ in seen]
+        for client, inputs in zip(clients, seen):
+            self.addCleanup(client.close)
+            client.listen(lambda message, inputs=inputs: message.msg_type == "execute_input" and inputs.append(
+                (message.content["execution_count"], message.content["code"])))
+        sent = [client.execute_nowait(f"({number}, {turn})") for turn in range(turns)
+                for number, client in enumerate(clients)]
+        for pending in sent:
+            self.assertEqual(pending.wait(3 * support.DEADLINE).content["status"], "ok")
+        for inputs in seen:
+            support.wait_until(lambda inputs=inputs: len(inputs) >= 5 * turns, what="the inputs of all")
+        self.assertEqual([count for count, _ in seen[0]], list(range(1, 5 * turns + 1)))
+        self.assertTrue(all(inputs == seen[0] for inputs in seen))
+        for number in range(5):
+            mine = [code for _, code in seen[0] if code.startswith(f"({number},")]
+            self.assertEqual(mine, [f"({number}, {turn})" for turn in range(turns)])
 
 
 class WhileBusy(support.KernelCase):
