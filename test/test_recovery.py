@@ -17,7 +17,7 @@ import unittest
 import zlib
 from unittest import mock
 
-from twoproc import crashlog, recovery
+from twoproc import crashlog, export, recovery
 
 from . import support, vt
 
@@ -54,8 +54,8 @@ class LogCase(unittest.TestCase):
             python="3.11.7", ipython="9", twoproc="0", cwd=self.home.work, argv=["x"], conn="/run/kernel-7.json",
             prev="", marks={})
         self.records[0].update(opened)
-        for ec, cell in enumerate(cells, 1):
-            of = "msg-%d" % ec
+        for number, cell in enumerate(cells, 1):
+            of, ec = "msg-%d" % number, cell.get("ec", number)
             begin = {"ec": ec, "hdr": {"msg_id": of, "session": "s", "date": "2026"}}
             begin.update({"hash": "00ff", "length": 23} if cell.get("private") else
                          {"code": cell["code"], "file": "<ipython-input-%d-" % ec, "cell": cell.get("cell")})
@@ -172,6 +172,16 @@ class WhatKilledIt(LogCase):
     def test_a_thread_that_dies_while_another_cell_runs_does_not_blame_that(self):
         self.assertEqual(str(recovery.cause(self.crash("start()", "b", fault=THREAD))),
                          "died while In [2] was running: SIGSEGV in a thread, at line 4 of In [1], in work")
+
+    def test_between_two_cells_of_a_replay_the_replay_was_running(self):
+        session = self.write({"code": "%recover replay", "ok": None}, {"code": "a", "ec": 1}, status=3)
+        self.assertEqual(str(recovery.cause(session)), "died in In [1]: the cell ended the process itself, status 3")
+        self.assertIn("killed-kernel", export.notebook(*recovery._cells(session), "", "", ""))
+
+    def test_a_lost_end_makes_no_killer(self):
+        session = self.write({"code": "a", "ok": None}, {"code": "b"}, status=3)
+        self.assertEqual(recovery.cause(session).place, "while idle, after In [2]")
+        self.assertEqual([cell.ec for cell in recovery.replay_cells(session)], [1, 2])
 
     def test_before_the_first_cell(self):
         self.assertEqual(str(recovery.cause(self.write(status=-9)))[:37], "died while idle, before the first cel")
@@ -756,6 +766,7 @@ class Magic(LogCase):
         self.assertTrue(os.path.exists(session.path(".log")))
         self.recover("drop")
         self.assertFalse(os.path.exists(session.path(".log")))
+        self.assertIn("no earlier session", self.recover(""))
 
     def test_another_session_by_its_name(self):
         other = self.crash("other", "x")

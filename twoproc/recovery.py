@@ -120,10 +120,14 @@ def cause(session: LoggedSession, status: int | None = None) -> Death:
 
 
 def _running(records: list[dict]) -> LoggedCell | None:
-    """The last cell that was begun, if it was not ended.  An earlier one without an end has lost that record."""
+    """The last cell that was begun, if it was not ended; or the one within which that ran, by %recover.
+
+    Any other without an end has lost that record, and nothing else.
+    """
     ended = {record["of"] for record in records if record["k"] == "end"}
     begun = [record for record in records if record["k"] == "begin"]
-    return LoggedCell(begun[-1]) if begun and begun[-1]["of"] not in ended else None
+    running = [record for record in begun if record["of"] not in ended and record["ec"] == begun[-1]["ec"]]
+    return LoggedCell(running[-1]) if running else None
 
 
 def _signal_name(number: int) -> str:
@@ -185,8 +189,8 @@ def _is_of(frame: _Frame, cell: LoggedCell) -> bool:
 def _cells(session: LoggedSession) -> tuple[list[LoggedCell], LoggedCell | None]:
     """All cells, and the one of them that was running at the death; that of a living kernel is just running."""
     cells = session.cells()
-    is_dead = session.state() not in ("alive", "closed")
-    return cells, cells[-1] if cells and is_dead and not cells[-1].is_ended else None
+    running = None if session.state() in ("alive", "closed") else _running(session.outline())
+    return cells, next((cell for cell in cells if running and cell.n == running.n), None)
 
 
 # -- what is saved ---------------------------------------------------------------------------------
@@ -465,15 +469,14 @@ def _is_yes(ask: Callable[[str], str], question: str) -> bool:
         return False
 
 
-def replay(session: LoggedSession, into: str | None = None, ask: Callable[[str], str] | None = None,
-           selection: str = "") -> int:
+def replay(session: LoggedSession, into: str | None = None, ask: Callable[[str], str] | None = None) -> int:
     """For the command line: run the cells in a kernel, a new one unless `into` names one; returns the exit status.
 
     A new kernel runs in the session's folder and is left running.  Ctrl-C interrupts the cell and ends the replay.
     Raises StateError.
     """
     try:
-        with _agreed(session, selection, ask or input, _print) as cells:
+        with _agreed(session, "", ask or input, _print) as cells:
             return _replay_in_kernel(session, cells, into, ask or input) if cells else 0
     except KeyboardInterrupt:
         _print("\ninterrupted")
@@ -637,7 +640,7 @@ def _recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callab
 
 def _latest(log: Any) -> LoggedSession | None:
     """The session before this one with the same connection file; else the newest that died, here if one did."""
-    if log is not None and log.prev is not None:
+    if log is not None and log.prev is not None and os.path.lexists(log.prev.path(".log")):
         return log.prev
     dead = [session for session in crashlog.sessions() if session.state() == "died"]
     here = [session for session in dead if session.opened.get("cwd") == os.getcwd()]
