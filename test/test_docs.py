@@ -15,7 +15,7 @@ import sys
 import unittest
 from urllib.parse import urlsplit
 
-from twoproc import frontend, kernel, launcher
+from twoproc import crashlog, frontend, kernel, launcher, recovery
 from twoproc.session import MESSAGES, REQUIRED
 
 from . import support, test_imports
@@ -119,7 +119,7 @@ class Rooms(unittest.TestCase):
         self.assertLessEqual(abs(said - lines), 100, f"README says {said}, wc -l twoproc/*.py says {lines}")
 
     def test_the_threads_in_the_documents_are_those_in_the_code(self):
-        pattern = r"\btwoproc-(?:io|heartbeat|helper|end|client|launcher|start|connect)\b"
+        pattern = r"\btwoproc-(?:io|heartbeat|helper|log|end|client|launcher|start|connect)\b"
         named = {name for room in test_imports.rooms() for name in re.findall(
             r'(?:own_thread\(|name=)"(twoproc-[a-z]+)"', read(f"twoproc/{room}.py"))}
         first = [row[0] for row in rows("docs/design.md", "Threads")]
@@ -185,6 +185,119 @@ def definitions(room):
     return definitions_of(f"twoproc/{room}.py")
 
 
+class TheSessionLog(unittest.TestCase):
+    """docs/crashlog.md: each line that it shows is one that a kernel wrote."""
+
+    DOCUMENT = "docs/crashlog.md"
+
+    def setUp(self):
+        text = section(self.DOCUMENT, "Records")
+        blocks = re.findall(r"```json\n(.*?)```", text, re.S)
+        self.whole = blocks[0].splitlines()
+        self.lines = "".join(blocks).splitlines()
+        self.members = {row[0]: set(re.findall(r"`(\w+)`", row[2].partition("of a `%%private` cell")[0]))
+                        for row in rows(self.DOCUMENT, "Records")}
+        self.private = {"seq", "of", "ec", "hdr", "hash", "length"}
+
+    def read_log(self, content):
+        """A session whose log has this content."""
+        home = support.Home(self)
+        with open(os.open(os.path.join(home.path, "S.log"), os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write(content)
+        return crashlog.LoggedSession(home.path, "S")
+
+    def test_every_example_line_is_a_record_with_the_right_checksum(self):
+        self.assertGreater(len(self.lines), 15)
+        for line in self.lines:
+            with self.subTest(line=line):
+                self.assertIsNotNone(crashlog.parse(line.encode("ascii")))
+
+    def test_every_kind_has_its_line_and_an_example_and_all_that_a_reader_relies_on(self):
+        self.assertEqual(list(self.members), list(crashlog.KINDS))
+        records = [crashlog.parse(line.encode("ascii")) for line in self.lines]
+        self.assertEqual({record["k"] for record in records}, set(crashlog.KINDS))
+        for kind, needed in crashlog.KINDS.items():
+            with self.subTest(kind=kind):
+                self.assertLessEqual(set(needed), self.members[kind])
+
+    def check_members(self, records):
+        for record in records:
+            kind, found = record["k"], set(record) - {"n", "k", "t", "crc"}
+            with self.subTest(record=record):
+                self.assertLessEqual(found, self.private if "hash" in found else self.members[kind])
+                if kind == "begin":
+                    self.assertEqual(found, self.private if "hash" in found else self.members[kind])
+
+    def test_the_examples_have_the_members_of_their_line(self):
+        self.check_members(crashlog.parse(line.encode("ascii")) for line in self.lines)
+
+    def test_what_is_written_has_the_members_of_its_line(self):
+        home = support.Home(self)
+        before = os.environ.get("TWOPROC_STATE")
+        self.addCleanup(lambda: os.environ.pop("TWOPROC_STATE") if before is None else
+                        os.environ.update(TWOPROC_STATE=before))
+        os.environ["TWOPROC_STATE"] = os.path.join(home.path, "state")
+        log = crashlog.SessionLog("/a/kernel.json", crashlog.Limits(per_cell=1000, keep_closed=1))
+        self.addCleanup(log.fault.close)
+        log.open("9.0")
+        header = b'{"msg_id":"a","session":"s","date":"2026-01-01T00:00:00Z","msg_type":"execute_request"}'
+        log.begin(header, "a", "1", 1)
+        log.asked(header, "name? ", False)
+        for number, kind in enumerate(crashlog.OUTPUTS * 3, 1):
+            log.published(kind, number, b'{"x":"%b"}' % (b"y" * 100), header, b'{"m":1}')
+        log.published("stream", 30, b'{"name":"stdout","text":"of no cell"}', b"{}")
+        log.end(header, True, 1.0, 31)
+        log.begin_private(header, "a", "%%private", 2)
+        log.note("fault", text="Traceback")
+        log.close("restart", keep=True)
+        records = self.session_of(log).records()
+        self.assertEqual({record["k"] for record in records}, set(crashlog.KINDS) - {"exit", "recovered"})
+        self.check_members(records)
+
+    @staticmethod
+    def session_of(log):
+        return crashlog.LoggedSession(log.folder, log.id)
+
+    def test_the_first_example_is_read_as_the_document_says(self):
+        session = self.read_log("".join(line + "\n" for line in self.whole))
+        self.assertEqual((session.damaged, session.lost), (0, 0))
+        self.assertEqual([cell.code is None for cell in session.cells()], [False, False, True, False])
+        self.assertEqual((session.killer.ec, session.killer.code), (4, "import ctypes\nctypes.string_at(0)"))
+        self.assertEqual(session.records()[-1]["how"], "replay")
+
+    def test_the_example_of_a_cut_is_explained(self):
+        lines = [line for line in self.lines if '"k":"cut"' in line]
+        cut = crashlog.parse(lines[0].encode("ascii"))
+        of = '"of":"%s"' % cut["of"]
+        session = self.read_log(self.whole[0] + "\n" + "".join(line + "\n" for line in self.lines if of in line))
+        self.assertEqual(session.lost, 0)
+        (cell,) = session.cells()
+        self.assertEqual((cell.cut, len(cell.outputs), cell.is_ended), (cut["records"], 4, True))
+        self.assertEqual((cut["first"], cut["last"]), (5, 9))
+
+    def test_the_torn_file_is_read_as_the_document_says(self):
+        """One damaged, one lost, a result without what was printed before, no end."""
+        torn = re.search(r"```text\n(.*?)\n```", section(self.DOCUMENT, "What a reader makes of it"), re.S)[1]
+        session = self.read_log("\n".join([*self.whole[:2], torn]))
+        self.assertEqual((session.damaged, session.lost), (1, 1))
+        (cell,) = session.cells()
+        self.assertEqual([output["type"] for output in cell.outputs], ["execute_result"])
+        self.assertFalse(cell.is_ended)
+        self.assertEqual(session.killer.ec, 1)
+
+    def test_every_guarantee_names_the_test_that_shows_it(self):
+        table = rows(self.DOCUMENT, "What is kept through which fault")
+        self.assertGreater(len(table), 8)
+        for row in table:
+            with self.subTest(row=row[0]):
+                self.assertRegex(row[-1], r"^`test_\w+\.\w+\.\w+`$")
+
+    def test_every_verb_of_the_magic_has_its_line(self):
+        verbs = re.findall(r"^%recover ?(\w*)", recovery.USAGE, re.M)
+        said = re.findall(r"^\| `%recover ?(\w*)", section(self.DOCUMENT, "After a death"), re.M)
+        self.assertEqual(said, [*verbs, "help"])
+
+
 class LinksAndCommands(unittest.TestCase):
 
     def test_links_between_documents_resolve(self):
@@ -215,7 +328,8 @@ class LinksAndCommands(unittest.TestCase):
         self.assertEqual(sorted(reached), DOCUMENTS)
 
     def test_commands_have_the_options_that_the_programs_have(self):
-        parsers = {"twoproc.kernel": kernel.parser(), "twoproc.frontend": frontend.make_parser()}
+        parsers = {"twoproc.kernel": kernel.parser(), "twoproc.frontend": frontend.make_parser(),
+                   "twoproc.crashlog": crashlog.make_parser()}
         seen = set()
         for document in DOCUMENTS:
             for line in code_blocks(read(document)):
@@ -235,7 +349,7 @@ class LinksAndCommands(unittest.TestCase):
         self.assertEqual(seen, set(parsers))
 
     def test_help_shows_every_option_that_the_documents_name(self):
-        for module in ("kernel", "frontend"):
+        for module in ("kernel", "frontend", "crashlog"):
             shown = subprocess.run([sys.executable, "-m", f"twoproc.{module}", "--help"], cwd=support.ROOT, text=True,
                                    capture_output=True, timeout=support.DEADLINE).stdout
             for option in set(re.findall(rf"twoproc\.{module}\b[^\n`]*?(--[a-z-]+)", "".join(map(read, DOCUMENTS)))):
