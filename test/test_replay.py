@@ -4,7 +4,11 @@
 LoggingKernel is a kernel of a few lines that loses what a test tells it to lose, and keeps a log that says what
 a test tells it to say.  The last two classes ask real kernels, and real processes that stop reading.
 """
+import hashlib
 import json
+import os
+import signal
+import sys
 import threading
 import time
 import unittest
@@ -179,11 +183,10 @@ class ReadLog(unittest.TestCase):
 class Refill(unittest.TestCase):
     """A number that jumps is a gap, and the log fills it."""
 
-    def run_cell(self, script, on_log=lambda fake: None, page=3, before=lambda ours: None, **options):
+    def run_cell(self, script, on_log=lambda fake: None, page=3, **options):
         """What a cell's on_output had, and what a listener had."""
         self.fake = LoggingKernel(self, scripted(script), on_log, page)
         with connect(self.fake.info) as self.ours:
-            before(self.ours)
             seen, heard = [], []
             self.ours.listen(heard.append)
             self.reply = self.ours.execute("", on_output=seen.append, timeout=support.DEADLINE, **options)
@@ -220,6 +223,16 @@ class Refill(unittest.TestCase):
         self.assert_lines(seen, range(2))
         self.assertEqual(seen[-1].content, {"execution_state": "idle"})
         self.assertLess(time.monotonic() - start, client_module.IDLE_PATIENCE)
+
+    def test_a_cell_whose_idle_was_lost_and_behind_which_nothing_came_ends(self):
+        def script(fake, message):
+            fake.begin(message)
+            fake.say(message, "0\n", is_lost=True)
+            fake.end(message, is_lost=True)
+        start = time.monotonic()
+        seen, _ = self.run_cell(script)
+        self.assert_lines(seen, range(1))
+        self.assertLess(time.monotonic() - start, client_module.IDLE_PATIENCE - 1)
 
     def test_a_cell_that_was_lost_whole_is_there(self):
         other = Message({"msg_id": "b_1", "session": "b", "username": "bob", "msg_type": "execute_request"}, {}, {},
@@ -509,6 +522,196 @@ class CatchUp(unittest.TestCase):
             ours.execute("", timeout=support.DEADLINE)
         self.assertEqual((self.texts(True), self.texts(False)), ("", "live\n"))
         self.assertEqual(fake.questions, [])
+
+
+def up_to(number):
+    return "".join("%d\n" % n for n in range(1, number + 1))
+
+
+class Visit:
+    """A client that comes to a kernel, with what it had of one cell."""
+
+    def __init__(self, case, kernel, msg_id):
+        self.msg_id = msg_id
+        self.past, self.live, self.idles = [], [], 0
+        self.is_over = threading.Event()
+        self.client = connect(kernel.connection_file)
+        case.addCleanup(self.client.close)
+        self.client.catch_up(self.hear)
+
+    def hear(self, message, is_past):
+        if message.parent_header.get("msg_id") == self.msg_id:
+            (self.past if is_past else self.live).append(message)
+            if message.content.get("execution_state") == "idle":
+                self.idles += 1
+                self.is_over.set()
+
+    def wait_live(self):
+        support.wait_until(lambda: self.live or self.idles)
+
+    @property
+    def text(self):
+        return text_of([*self.past, *self.live])
+
+
+class Visitors(support.KernelCase):
+    """Who comes while a cell runs, leaves and comes back, sees each line once."""
+
+    def test_one_who_comes_back_sees_all_of_a_cell_that_prints_on(self):
+        pause = support.rounds(0.004, 0.05)
+        for _ in range(support.rounds(2, 20)):
+            msg_id = self.client.send_execute(
+                f"import time\nfor i in range(1, 101):\n    print(i, flush=True)\n    time.sleep({pause})")
+            self.client.wait_running(msg_id)
+            visits = 0
+            while True:
+                visit = Visit(self, self.kernel, msg_id)
+                visits += 1
+                if visits % 2:
+                    visit.wait_live()
+                visit.client.close()
+                if visit.idles:
+                    break
+                lines = visit.text.count("\n")
+                self.assertEqual(visit.text, up_to(lines))
+                self.assertEqual([m.msg_type for m in [*visit.past, *visit.live]].count("execute_input"), 1)
+            self.assertEqual(visit.text, up_to(100))
+            self.assertGreater(visits, 2)
+            self.client.result(msg_id)
+
+    def test_one_who_comes_in_the_middle_sees_past_then_live_then_the_end(self):
+        gate = os.path.join(self.kernel.home.work, "gate")
+        msg_id = self.client.send_execute(
+            "import os, time\nfor i in range(1, 101):\n    print(i, flush=True)\n"
+            f"    while i == 40 and not os.path.exists({gate!r}): time.sleep(0.001)")
+        self.client.wait_text(msg_id, "40\n")
+        visit = Visit(self, self.kernel, msg_id)
+        self.assertEqual(text_of(visit.past), up_to(40))
+        self.assertEqual((visit.past[0].msg_type, visit.idles), ("execute_input", 0))
+        with open(gate, "w"):
+            pass
+        self.assertTrue(visit.is_over.wait(support.DEADLINE))
+        self.assertEqual(visit.text, up_to(100))
+        self.assertNotIn("execute_input", [message.msg_type for message in visit.live])
+        # And who comes afterwards sees it whole, as past.
+        late = Visit(self, self.kernel, msg_id)
+        self.assertEqual((text_of(late.past), late.idles, late.live), (up_to(100), 1, []))
+        self.assertEqual(late.past[0].parent_header["username"], "test")
+
+    def test_a_visitor_sees_results_displays_and_errors_as_they_were(self):
+        msg_id = self.client.send_execute("from IPython.display import HTML\ndisplay(HTML('<b>'))\n1/0")
+        live = [message for message in self.client.output(msg_id) if message.msg_type != "status"]
+        self.client.reply(msg_id)
+        past = Visit(self, self.kernel, msg_id).past
+        self.assertEqual([(m.msg_type, m.content, m.parent_header) for m in past[:-1]],
+                         [(m.msg_type, m.content, m.parent_header) for m in live])
+        self.assertEqual(past[-1].content, {"execution_state": "idle"})
+
+    def test_attaching_takes_no_longer_behind_a_long_log(self):
+        def seconds():
+            start = time.monotonic()
+            Visit(self, self.kernel, "").client.close()
+            return time.monotonic() - start
+        short = min(seconds() for _ in range(3))
+        for _ in range(3):
+            self.client.execute(f"for i in range({support.rounds(50, 500)}): print('x' * 60_000); display(i)",
+                                deadline=60)
+        long = min(seconds() for _ in range(3))
+        self.assertLess(long, short + 0.3)
+
+
+class StoppedReaders(support.KernelCase):
+    """A reader that stops loses nothing, and holds up the others no longer than limits.slow_reader_seconds."""
+    SECONDS = support.rounds(0.3, 5)
+    kernel_arguments = ("--set", f"limits.slow_reader_seconds={SECONDS}")
+    LINES = support.rounds(2500, 13_400)        # 8 MB, 40 MB
+    # A display behind each line, so that lines are not joined to few messages, which would find room on the way.
+    FLOOD = f"for i in range({LINES}):\n    print('%06d' % i + 'x' * 2993, flush=True)\n    display(i)"
+    TEXT = "".join("%06d%s\n" % (number, "x" * 2993) for number in range(LINES))
+
+    READER = '''
+import hashlib, json, sys, threading
+from twoproc.client import connect
+client, text, displays, idles, over = connect(sys.argv[1]), hashlib.sha256(), [], [], threading.Event()
+
+def hear(message):
+    if message.parent_header.get("username") == "flooder":
+        if message.msg_type == "stream":
+            text.update(message.content["text"].encode())
+        elif message.msg_type == "display_data":
+            displays.append(int(message.content["data"]["text/plain"]))
+        elif message.content.get("execution_state") == "idle":
+            idles.append(message.parent_header["msg_id"])
+        elif message.content.get("code") == "'over'":
+            over.set()
+
+client.listen(hear)
+client.execute("'reading'", silent=True)
+print("reading", flush=True)
+over.wait()
+print(json.dumps({"text": text.hexdigest(), "in_order": displays == list(range(len(displays))),
+                  "displays": len(displays), "idles": idles, "missed": client.missed}), flush=True)
+'''
+
+    def test_one_that_is_stopped_and_goes_on_has_every_byte_and_the_idle(self):
+        reader = support.Process(self, [sys.executable, "-c", self.READER, self.kernel.connection_file],
+                                 home=self.kernel.home)
+        support.wait_until(lambda: "reading" in reader.output() or not reader.is_alive)
+        other = connect(self.kernel.connection_file)
+        self.addCleanup(other.close)
+        times = [time.monotonic()]
+        other.listen(lambda message: times.append(time.monotonic()))
+        before = self.kernel.memory()
+        reader.signal(signal.SIGSTOP)
+        text = hashlib.sha256()
+        with connect(self.kernel.connection_file, username="flooder") as ours:
+            pending = ours.execute_nowait(self.FLOOD)
+            pending.wait(120, on_output=lambda message: message.msg_type == "stream"
+                         and text.update(message.content["text"].encode()))
+            taken = time.monotonic() - times[0]
+            self.assertEqual(text.digest(), hashlib.sha256(self.TEXT.encode()).digest())
+            pauses = [after - before for before, after in zip(times, times[1:])]
+            self.assertLess(max(pauses), self.SECONDS + 2)
+            if support.IS_SOAK and taken < 10:      # stopped for 10 s, as it were
+                ours.execute(f"import time; time.sleep({10 - taken})")
+            grown = self.kernel.memory("VmHWM") - before
+            self.assertLess(grown, 100 << 20)
+            reader.signal(signal.SIGCONT)
+            start = time.monotonic()
+            ours.execute("'over'", timeout=60)
+            support.wait_until(lambda: reader.output().count("\n") == 2 or not reader.is_alive, 120, reader.log)
+        result = json.loads(reader.output().splitlines()[1])
+        print("cell %.1f s, longest pause %.2f s, kernel + %.0f MB, caught up in %.1f s: %s" % (
+            taken, max(pauses), grown / 1e6, time.monotonic() - start, result))
+        self.assertEqual(result["text"], text.hexdigest())
+        self.assertEqual((result["in_order"], result["displays"], result["missed"]), (True, self.LINES, 0))
+        self.assertEqual(result["idles"].count(pending.msg_id), 1)
+
+    def test_one_that_does_not_take_its_own_output_has_every_byte(self):
+        with mock.patch.object(client_module, "UNREAD_CHARS", 200_000), \
+                connect(self.kernel.connection_file) as ours:
+            pending = ours.execute_nowait(self.FLOOD)
+            support.wait_until(lambda: pending.reply, 120, "the reply, which does not wait for the output")
+            self.assertTrue(ours._is_paused)
+            seen = []
+            pending.wait(120, on_output=seen.append)
+            self.assertEqual(ours.missed, 0)
+        self.assertEqual(text_of(seen), self.TEXT)
+        self.assertEqual([int(message.content["data"]["text/plain"]) for message in seen
+                          if message.msg_type == "display_data"], list(range(self.LINES)))
+        self.assertEqual(seen[-1].content, {"execution_state": "idle"})
+
+    def test_without_a_log_the_loss_is_told_and_the_cell_ends(self):
+        kernel = support.start_kernel(self, *self.kernel_arguments, "--set", "recovery.log=no")
+        with mock.patch.object(client_module, "UNREAD_CHARS", 200_000), connect(kernel.connection_file) as ours:
+            self.assertFalse(ours.keeps_log)
+            pending = ours.execute_nowait(self.FLOOD)
+            support.wait_until(lambda: pending.reply, 120, "the reply")
+            seen = []
+            pending.wait(120, on_output=seen.append)
+            self.assertGreater(ours.missed, 100)
+        self.assertIn("the kernel keeps no log", [message.content.get("reason") for message in seen])
+        self.assertLess(len(text_of(seen)), len(self.TEXT))
 
 
 if __name__ == "__main__":

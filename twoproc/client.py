@@ -28,6 +28,7 @@ or an idle that never comes ends a wait but not the client.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -47,6 +48,11 @@ from .session import MESSAGES, PROTOCOL_VERSION, UTC, Message, MessageType, Sess
 # A kernel may reply and then never send its idle: after so many seconds without a message of that request
 # its reply is enough.  A kernel with megabytes of output still to send keeps sending.
 IDLE_PATIENCE = 5.0
+# A gap is seen by the number of what comes after it.  Where there may be one and nothing has come for so long, we have
+# the kernel say something.  It must be over before IDLE_PATIENCE is, and a frontend's own.
+QUIET_SECONDS = 1.0
+# The client's thread looks around once a second at least: after so long it was stopped, or kept from it.
+STOPPED_SECONDS = 1.5
 # Output of one request that its caller has not taken yet: beyond it iopub is left unread, for everybody, until
 # half of it is taken, so that the kernel waits instead of our memory growing.
 UNREAD_CHARS = 64 << 20
@@ -258,6 +264,8 @@ class Pending:
         if (self.reply is not None or not self._needs_reply) and (self.is_idle or not self._needs_idle):
             self.client._forget(self)
             self.is_done = True
+        elif self.reply is not None:
+            self.client._late[self.msg_id] = self
 
     def _fail(self, error: Exception) -> None:
         self.error = error
@@ -394,6 +402,7 @@ class Client:
         # Every request that expects something.  Callers add, twoproc-client and cancel() remove: single
         # operations on a dict, which threads and Ctrl-C leave whole.
         self._table: dict[str, Pending] = {}
+        self._late: dict[str, Pending] = {}         # of these, those that have their reply and wait for idle; the same
         self._listeners: list[Callable[[Message], None]] = []       # replaced, never changed in place
         self._watchers: list[Callable[[str], None]] = []            # the same
         self._followers: list[Follower] = []        # listeners whose past wait_ready is to ask for
@@ -403,6 +412,8 @@ class Client:
         self._sees_output = False           # something arrived on iopub: the subscription stands
         self._was_connected = False         # since the last reset
         self._is_paused = False             # iopub is not read: somebody's inbox is full
+        self._may_have_lost = False         # we were too slow, or stopped: see _look_for_loss
+        self._heard_output_at = self._looked_at = time.monotonic()
         self._dying: tuple[float, float, str] | None = None     # quiet until, at the latest, cause
         self._shutdown: Message | None = None       # the shutdown_reply that a kernel publishes to all
         self._is_closed = False
@@ -690,6 +701,7 @@ class Client:
 
     def _forget(self, pending: Pending) -> None:
         self._table.pop(pending.msg_id, None)
+        self._late.pop(pending.msg_id, None)
 
     def _resume(self) -> None:
         self._is_paused = False
@@ -699,6 +711,8 @@ class Client:
     def _receive(self, batch: list) -> None:
         for channel, message in batch:
             self._order.take(channel, message)
+        if batch[0][0] == "iopub":
+            self._heard_output_at = time.monotonic()
         self._ring()
         if self._dying is not None:
             _, latest, cause = self._dying
@@ -740,7 +754,9 @@ class Client:
         self._read_output()
 
     def _read_output(self) -> None:
-        self._channels.read_output(not self._is_paused and not self._order.is_filling)
+        is_wanted = not self._is_paused and not self._order.is_filling
+        self._may_have_lost = self._may_have_lost or not is_wanted
+        self._channels.read_output(is_wanted)
 
     def _note_output(self, message: Message) -> None:
         self._sees_output = True
@@ -761,11 +777,31 @@ class Client:
     def _tick(self) -> float | None:
         self._order.tick()
         if self._dying is None:
-            return None
+            return self._look_for_loss()
         quiet_until, _, cause = self._dying
         left = quiet_until - time.monotonic()
         if left <= 0:
             self._declare_dead(cause)
+            return None
+        return left
+
+    def _look_for_loss(self) -> float | None:
+        """Have the kernel say something, if the last it said may be lost; returns the seconds until that is known.
+
+        By a status, not by the log: what is still on its way, in the log or not, comes before it.
+        """
+        now = time.monotonic()
+        self._may_have_lost = self._may_have_lost or now - self._looked_at > STOPPED_SECONDS
+        self._looked_at = now
+        if not (self._may_have_lost or self._late) or not self._order.is_counting \
+                or self._is_paused or self._order.is_filling:
+            return None
+        left = self._heard_output_at + QUIET_SECONDS - now
+        if left <= 0:
+            self._may_have_lost = False
+            self._late.clear()
+            with contextlib.suppress(KernelDied, ValueError):
+                self.submit("kernel_info_request", channel="control").cancel()
             return None
         return left
 
@@ -915,6 +951,11 @@ class InOrder:
         self._next = 1                                  # where the next page begins
         self._question: Pending | None = None
         self._looked_at = self._waited = 0.0
+
+    @property
+    def is_counting(self) -> bool:
+        """Does this kernel number what it publishes?"""
+        return self._kernel is not None
 
     def take(self, channel: str, message: Message) -> None:
         """Deliver it, hold it, or drop it as known."""
