@@ -67,6 +67,7 @@ def notebook_outputs(cells: list[LoggedCell]) -> list[list[dict]]:
     for cell in cells:
         shown: list[dict] = []
         is_clearing = False
+        pieces: list[str] = []      # of the stream that is the last in `shown`: joined once, there may be many
         for entry in cell.outputs:
             kind, content = entry["type"], entry["content"]
             output = output_of(kind, content)
@@ -84,13 +85,21 @@ def notebook_outputs(cells: list[LoggedCell]) -> list[list[dict]]:
                     shown, is_clearing = [], False
                 last = shown[-1] if shown else {}
                 if kind == "stream" == last.get("output_type") and last["name"] == output["name"]:
-                    last["text"] += output["text"]
+                    pieces.append(output["text"])
                     continue
+                _close_stream(last, pieces)
+                pieces = [output["text"]] if kind == "stream" else []
                 shown.append(output)
                 if display_id:
                     displays.setdefault(display_id, []).append(output)
+        _close_stream(shown[-1] if shown else {}, pieces)
         result.append(shown)
     return result
+
+
+def _close_stream(output: dict, pieces: list[str]) -> None:
+    if output.get("output_type") == "stream":
+        output["text"] = "".join(pieces)
 
 
 def output_of(kind: str, content: dict) -> dict | None:

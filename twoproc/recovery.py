@@ -280,8 +280,11 @@ def died_again(session: LoggedSession) -> bool:
 
 # -- its cells as text -----------------------------------------------------------------------------
 
-def show(session: LoggedSession) -> list[str]:
-    """Inputs and outputs in the order in which they were, as lines for a screen."""
+def show(session: LoggedSession, most: int | None = None) -> list[str]:
+    """Inputs and outputs in the order in which they were, as lines for a screen.
+
+    most: characters of a cell's printed text; of what is longer, beginning and end.
+    """
     cells, killer = _cells(session)
     death = cause(session)
     lines = [session.id, *describe(session)]
@@ -291,7 +294,7 @@ def show(session: LoggedSession) -> list[str]:
             lines.append("the kernel " + str(death))
         lines += _input_lines(cell, death.line if cell is killer else None)
         for output in outputs:
-            lines += _output_text(output).split("\n")
+            lines += _output_text(_excerpt(output, most)).split("\n")
         if cell.cut:
             lines.append("(%s of its output not kept)" % _count(cell.cut, "piece"))
     return lines
@@ -303,6 +306,14 @@ def _input_lines(cell: LoggedCell, mark: int | None = None) -> list[str]:
         return ["%s(%s)" % (head, private_words(cell))]
     return [(head if at == 1 else ("---> " if at == mark else "...: ").rjust(len(head))) + _line(text)
             + ("    <--" if at == mark == 1 else "") for at, text in enumerate(cell.code.split("\n"), 1)]
+
+
+def _excerpt(output: dict, most: int | None) -> dict:
+    if most is None or output["output_type"] != "stream" or len(output["text"]) <= most:
+        return output
+    text = output["text"]
+    return {**output, "text": "%s\n(%s characters not shown)\n%s" % (
+        text[:most >> 1], format(len(text) - most, ","), text[-(most >> 1):])}
 
 
 def _output_text(output: dict) -> str:
