@@ -8,6 +8,7 @@ loaded when there was a death, or when the user asks for the log: not at every s
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -18,8 +19,10 @@ from .connection import ConnectionFileError, open_private
 
 if TYPE_CHECKING:
     from .client import Client
+    from . import recovery
     from .crashlog import LoggedSession
 
+SHOWN_CHARS = 1 << 14       # of what one cell printed
 # Above this a log is not read only to say in passing how many cells are in it.
 COUNTED_BYTES = 4 << 20
 
@@ -43,17 +46,21 @@ class Obituary:
     def __init__(self, session: LoggedSession):
         from . import recovery
         self.session = session
-        self.death = recovery.cause(session)
         self.lines = recovery.describe(session)
         self.is_again = recovery.died_again(session)
         if self.is_again:
             self.lines.append("  it died within %d s of a recovery: what was recovered may be what kills it"
                               % recovery.AGAIN_SECONDS)
 
-    def text(self) -> str:
-        """Its inputs and outputs."""
+    @functools.cached_property
+    def death(self) -> recovery.Death:
         from . import recovery
-        return "\n".join(recovery.show(self.session))
+        return recovery.cause(self.session)
+
+    def text(self) -> str:
+        """Its inputs and outputs, of much printed text beginning and end."""
+        from . import recovery
+        return "\n".join(recovery.show(self.session, SHOWN_CHARS))
 
     def export(self, folder: str) -> str:
         """Write them as a notebook; its path.  ValueError says why not."""
@@ -165,5 +172,5 @@ def _in_short(session: LoggedSession) -> str:
     path, home = str(session.opened.get("cwd", "?")), os.path.expanduser("~")
     cells = sum(record["k"] == "begin" for record in _outline(session))
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(session.path(".log")).st_mtime))
-    return ", ".join([when, "~" + path[len(home):] if path.startswith(home + os.sep) else path,
+    return ", ".join([when, "~" + path[len(home):] if (path + os.sep).startswith(home + os.sep) else path,
                       *(["%d cell%s" % (cells, "s"[cells < 2:])] if cells else [])])

@@ -722,7 +722,7 @@ class Terminal:
             return default if at_end is None else at_end
         return "" if answer is None else answer or default
 
-    def _keep_typed(self) -> None:
+    def _keep_typed(self) -> bool:
         """What was typed before a question came up is no answer to it: it goes into the next prompt as text."""
         source = self.session.app.input
         with source.raw_mode():
@@ -731,6 +731,7 @@ class Terminal:
         text = text.replace("\r", "\n").strip("\n")
         if text:
             self.next_input = _at_end((self.next_input.text if self.next_input else "") + text)
+        return bool(text)
 
     # -- payloads
 
@@ -971,8 +972,11 @@ class Terminal:
         if self.dead is None:
             self.painter.say("kernel %s%s %s%s" % (self.name, "" if is_wanted else " died:", self.died, self.lost))
         else:
-            for line in self.dead.lines:
-                self.painter.say(screen.without_escapes(line))
+            first, *rest = self.dead.lines
+            if self.died.endswith("from its launcher"):     # the user's own [k]ill, which the log does not know
+                first = "kernel %s ended: %s%s" % (self.name, self.died, self.lost)
+            for line in [first, *rest]:
+                self.painter.say(line)
             if self.process is None:
                 self.painter.say("  this terminal goes on with kernel %s if whoever started it restarts it" % self.name)
         self.lost = ""
@@ -980,11 +984,12 @@ class Terminal:
             self.painter.say("  " + screen.without_escapes(line))
 
     def _choose_after_death(self) -> None:
+        if self._keep_typed() and not self._is_death_told:
+            self.painter.say("")        # the terminal itself has shown it, behind the output
         self._tell_death()
         if self.died is not None and self.died.startswith("restarted"):
             # Somebody starts it again: its successor answers in a moment.
             self.pump_until(lambda: self.died is None, 10.0)
-        self._keep_typed()
         while self.died is not None and self.exit_code is None:
             choice = self._ask_after_death()
             if self.died is None:       # it came back while the user was thinking
