@@ -161,8 +161,8 @@ class Subject:
     def spawn(self, before=lambda peer: None, prefix=()):
         """before: said by the client first, to be answered as soon as there is a kernel.
         prefix: a command that starts the kernel as its own child and prints the pid."""
-        info, argv = self.connection()
-        self.peer = Peer(info)
+        self.info, argv = self.connection()
+        self.peer = Peer(self.info)
         before(self.peer)
         self.spawned_at = now()
         with open(os.path.join(self.folder, self.name + ".log"), "ab") as log:
@@ -217,6 +217,12 @@ class Subject:
     def switches(self):
         return sum(sum(self.status("ctxt_switches", f"task/{task}/"))
                    for task in os.listdir(f"/proc/{self.pid}/task"))
+
+    def log_size(self):
+        """Of the session log, if it is twoproc's: the largest one."""
+        folder = os.path.join(self.env["HOME"], ".local", "state", "twoproc", "sessions")
+        return max((os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)
+                    if name.endswith(".log")), default=0)
 
     def log(self):
         with open(os.path.join(self.folder, self.name + ".log"), errors="replace") as file:
