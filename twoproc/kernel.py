@@ -943,7 +943,7 @@ def make_log(kernel: Kernel, settings: config.Settings, path: str) -> SessionLog
     def warn(text: str) -> None:
         """Once, in the log of the process and where the user looks."""
         logger.warning(text)
-        kernel.publish("stream", {"name": "stderr", "text": "twoproc: %s\n" % text})
+        kernel.channels.write_first("stderr", "twoproc: %s\n" % text, kernel.parent_bytes())
 
     limits = crashlog.Limits(
         settings["recovery.max_output_per_cell_kb"] << 10, settings["recovery.max_log_mb"] << 20,
@@ -1023,6 +1023,9 @@ def start_log(stream: Any) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s twoproc.kernel: %(message)s"))
     handler.addFilter(OncePerSecond())
+    # It would be told on sys.stderr, which is a cell's: a disk that is full may hold both this log and that of the
+    # session, and the cell's user is to hear of it once.
+    handler.handleError = lambda record: None       # type: ignore[method-assign]
     logger.addHandler(handler)
     logger.propagate = False
 
