@@ -26,6 +26,8 @@ import bisect
 import contextlib
 import errno
 import hashlib
+import heapq
+import itertools
 import json
 import os
 import re
@@ -153,6 +155,7 @@ def is_intact(line: bytes) -> bool:
     return line[-18:] == b',"crc":"%08x"}' % crc32(b"}", crc32(memoryview(line)[:-18]))
 
 
+_encode = json.JSONEncoder(default=str).encode     # our own: a cell may put another in the place of json.dumps
 _TYPES = {name: b',"type":"%b","content":' % name.encode("ascii") for name in OUTPUTS}
 
 # What a line begins with. The members of a record come in this order, so that no JSON is parsed to find a line.
@@ -184,13 +187,13 @@ def _embed(raw: bytes) -> bytes:
     if raw.isascii() and b"\n" not in raw:
         return raw
     try:
-        return json.dumps(json.loads(raw)).encode("ascii")
+        return _encode(json.loads(raw)).encode("ascii")
     except (ValueError, RecursionError):
         return b"{}"
 
 
 def _text(value: str | None) -> bytes:
-    return json.dumps(value).encode("ascii")
+    return b"null" if value is None else _encode(value).encode("ascii")
 
 
 # -- 1. The kernel's side --------------------------------------------------------------------------
@@ -207,7 +210,6 @@ class _File:
         self.path, self.size, self.is_torn = path, found.st_size, False
         self._identity = found.st_dev, found.st_ino
         self.first_n = self.last_n = self.records = 0       # kept for S.bulk: what goes when the ring turns
-        self.first_seq = self.last_seq = 0
 
     def append(self, data: bytes) -> None:
         if self.is_torn:
@@ -224,20 +226,22 @@ class _File:
         self.is_torn = False
 
     def is_sound(self) -> bool:
-        """Whether the descriptor is still this file, and the file still has a name.
+        """Whether the descriptor is still this file, and the file still where it was.
 
         A cell may close descriptors that are not its own, and open others under their numbers; and who cleans
-        up a home folder does not ask which of its files are in use.
+        up a home folder, or moves it, does not ask which of its files are in use.
         """
         try:
             found = os.fstat(self.fd)
-        except OSError:
-            self.fd = -1
-            return False
-        if (found.st_dev, found.st_ino) != self._identity:
+            if (found.st_dev, found.st_ino) == self._identity:
+                found = os.lstat(self.path)
+                return (found.st_dev, found.st_ino) == self._identity
             self.fd = -1                # somebody else's now, and not ours to close
             return False
-        return found.st_nlink > 0
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                self.fd = -1
+            return error.errno not in (errno.EBADF, errno.ENOENT, errno.ENOTDIR)
 
     def sync(self) -> None:
         getattr(os, "fdatasync", os.fsync)(self.fd)
@@ -261,21 +265,23 @@ class _Cell:
 
 
 class _Span:
-    """An entry of the index: these bytes of that file hold the records from `seq` and `n` on; no file: gone."""
+    """An entry of the index: where the records from `n` on are, with numbers from `seq` to `last`; no file: gone."""
 
-    __slots__ = ("seq", "n", "file", "start", "end")
+    __slots__ = ("n", "seq", "last", "file", "start", "end")
 
-    def __init__(self, seq: int, n: int, file: _File | None, start: int, end: int) -> None:
-        self.seq, self.n, self.file, self.start, self.end = seq, n, file, start, end
+    def __init__(self, n: int, seq: int, last: int, file: _File | None, start: int, end: int) -> None:
+        self.n, self.seq, self.last, self.file, self.start, self.end = n, seq, last, file, start, end
 
-    def lines(self) -> Iterator[tuple[int, int, bytes, bytes]]:
-        """(n, seq, of, line) of each record that has its place among the messages; OSError."""
+    def lines(self) -> list[_Line]:
+        """The records that have their place among the messages."""
         if self.file is None:
-            return
-        for line in os.pread(self.file.fd, self.end - self.start, self.start).split(b"\n"):
-            found = _HEAD.match(line)
-            if found and found[3] and is_intact(line):
-                yield int(found[1]), int(found[3]), found[4] or b"", line
+            return []
+        try:
+            lines = os.pread(self.file.fd, self.end - self.start, self.start).split(b"\n")
+        except OSError:
+            return []
+        return [(int(found[1]), int(found[3]), found[4] or b"", line)
+                for found, line in zip(map(_HEAD.match, lines), lines) if found and found[3] and is_intact(line)]
 
 
 class SessionLog:
@@ -345,7 +351,7 @@ class SessionLog:
             "ipython": ipython_version, "twoproc": __version__, "cwd": _working_folder(), "argv": sys.argv,
             "conn": self.conn, "prev": self.prev.id if self.prev else "",
             "marks": self.prev.marks() if self.prev else {}}
-        self._opening = b"," + json.dumps(members).encode("ascii")[1:-1]
+        self._opening = b"," + _encode(members).encode("ascii")[1:-1]
         self._record(b"open", self._opening)
 
     def begin(self, parent: bytes, msg_id: str, code: str, ec: int, cell_id: Any = None, file: str = "") -> None:
@@ -404,7 +410,7 @@ class SessionLog:
     # -- called by any thread
 
     def note(self, what: str, **members: Any) -> None:
-        self._record(b"note", b"," + json.dumps({"what": what, **members}, default=str).encode("ascii")[1:-1])
+        self._record(b"note", b"," + _encode({"what": what, **members}).encode("ascii")[1:-1])
 
     def close(self, why: str, keep: bool = False) -> None:
         """The session ends properly; its files go, unless a restarted kernel is to find them (keep)."""
@@ -464,25 +470,27 @@ class SessionLog:
                     return
                 if kind == b"begin" and self._log is not None:
                     self._check_files()
-                is_open = self._log is not None or self._reopen(at_once=kind == b"begin")
-                if is_open and self._opening and not self._is_opened:
-                    self._is_opened = kind == b"open" or self._put(b"open", self._opening)
+                is_open = (self._log and self._lock_file) is not None or self._reopen(at_once=kind == b"begin")
+                if is_open and self._opening and not self._is_opened and kind != b"open":
+                    self._is_opened = self._put(b"open", self._opening)
                 self._n = n = self._n + 1
                 if not is_open:
                     self._lost += 1
                     return
                 if of:
-                    place = self._seq + 1 if seq is None else seq
-                    head = b'{"n":%d,"k":"%b","t":%.3f,"seq":%d,"of":%b%b' % (n, kind, time.time(), place, of, members)
+                    seq = self._seq + 1 if seq is None else seq
+                    head = b'{"n":%d,"k":"%b","t":%.3f,"seq":%d,"of":%b%b' % (n, kind, time.time(), seq, of, members)
                 elif seq is not None:
                     head = b'{"n":%d,"k":"%b","t":%.3f,"seq":%d%b' % (n, kind, time.time(), seq, members)
                 else:
                     head = b'{"n":%d,"k":"%b","t":%.3f%b' % (n, kind, time.time(), members)
                 line = seal(head, content) if content else seal(head)
                 file = self._log if cell is None else self._file_for(cell, n, seq or 0, line)
-                self._append(file, line, n)
+                self._append(file, line, n, seq)
                 if kind == b"begin":
-                    self._begins.append(_Span(self._seq + 1, n, file, file.size - len(line), file.size))
+                    self._begins.append(_Span(n, 0, 0, file, file.size - len(line), file.size))
+                elif kind == b"open":
+                    self._is_opened = True
                 if self._trouble is not None:
                     self._resume()
         except Exception as error:      # a full disk, a folder taken away, a fault of ours: none of them a cell's
@@ -494,17 +502,20 @@ class SessionLog:
         self._append(self._log, seal(b'{"n":%d,"k":"%b","t":%.3f%b' % (n, kind, time.time(), members)), n)
         return True
 
-    def _append(self, file: _File | None, line: bytes, n: int) -> None:
+    def _append(self, file: _File | None, line: bytes, n: int, seq: int | None = None) -> None:
         assert file is not None
         start = file.size
         file.append(line)
         spans = self._spans
+        # What has no number of its own must not break the order: entries are found by bisection.
+        seq = max(self._seq, spans[-1].last if spans else 0) if seq is None else seq
         if spans and spans[-1].file is file and spans[-1].end == start and start - spans[-1].start < SPAN:
-            spans[-1].end = file.size
+            spans[-1].end, spans[-1].last = file.size, seq
         else:
-            spans.append(_Span(self._seq, n, file, start, file.size))
+            spans.append(_Span(n, seq, seq, file, start, file.size))
             if len(spans) > SPANS:
-                spans[:SPANS // 10] = [_Span(spans[0].seq, spans[0].n, None, 0, 0)]
+                at = SPANS // 10
+                spans[:at] = [_Span(spans[0].n, spans[0].seq, spans[at - 1].last, None, 0, 0)]
         if self.limits.fsync == "always":
             file.sync()
         elif not self._is_dirty:
@@ -544,9 +555,9 @@ class SessionLog:
         base = os.path.join(self.folder, self.id)
         if self._lock_file is None:
             self._lock_file = self._make_lock(base + ".lock")
-        log = _File(base + ".log")
-        self._log = log
-        self._is_opened = log.size > 0          # not so in one that is made anew, its predecessor taken away
+        if self._log is None:
+            self._log = _File(base + ".log")
+            self._is_opened = self._log.size > 0        # not so in one made anew, its predecessor taken away
         if self.fault is None:
             self.fault = os.fdopen(open_private(base + ".fault", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "wb", 0)
 
@@ -560,8 +571,9 @@ class SessionLog:
                 holder = {"session": self.id, "pid": os.getpid(), "started": _started(os.getpid()) or "",
                           "boot": _boot(), "host": _host(), "conn": self.conn, "cwd": _working_folder(),
                           "locking": "none" if is_locked is None else "flock"}
-                file.append(json.dumps(holder).encode("ascii") + b"\n")
+                file.append(_encode(holder).encode("ascii") + b"\n")
                 os.rename(temporary, path)
+                file.path = path
             except BaseException:
                 file.close()
                 raise
@@ -572,15 +584,11 @@ class SessionLog:
 
     def _check_files(self) -> None:
         """Once for each cell: what is no longer ours is opened anew."""
-        if self._lock_file is not None and not self._lock_file.is_sound():
-            self._lock_file.close()
-            self._lock_file = None
-        if self._log is not None and (self._lock_file is None or not self._log.is_sound()):
-            self._gone(self._log)
-            self._log = None
-        if self._bulk is not None and not self._bulk.is_sound():
-            self._gone(self._bulk)
-            self._bulk = None
+        for name in ("_lock_file", "_log", "_bulk", "_old_bulk"):
+            file = getattr(self, name)
+            if file is not None and not file.is_sound():
+                setattr(self, name, None)
+                self._gone(file)
 
     def _file_for(self, cell: _Cell, n: int, seq: int, line: bytes) -> _File:
         """S.log for the first half of a cell's output, S.bulk for the rest; its newest half is kept for the end."""
@@ -598,37 +606,39 @@ class SessionLog:
             while cell.tail_bytes > self.limits.per_cell >> 1:
                 cell.tail_bytes -= len(cell.tail.popleft()[2])
         if self._bulk is not None and self._bulk.size and self._bulk.size + len(line) > self.limits.backlog:
-            self._turn()
+            self._turn(self._bulk)
         if self._bulk is None:
             self._bulk = _File(os.path.join(self.folder, self.id + ".bulk"))
         bulk = self._bulk
-        if not bulk.records:
-            bulk.first_n, bulk.first_seq = n, seq
-        bulk.last_n, bulk.last_seq = n, seq
+        bulk.first_n = bulk.first_n or n
+        bulk.last_n = n
         bulk.records += 1
         return bulk
 
-    def _turn(self) -> None:
+    def _turn(self, bulk: _File) -> None:
         """S.bulk is full: it becomes S.bulk.1, and the one that was S.bulk.1 is gone."""
         base = os.path.join(self.folder, self.id)
         os.rename(base + ".bulk", base + ".bulk.1")
-        gone, self._old_bulk, self._bulk = self._old_bulk, self._bulk, None
+        gone, self._old_bulk, self._bulk = self._old_bulk, bulk, None
+        bulk.path = base + ".bulk.1"
         if gone is not None:
             self._gone(gone)
             self._put(b"cut", b',"first":%d,"last":%d,"records":%d,"bytes":%d' % (
                 gone.first_n, gone.last_n, gone.records, gone.size))
 
     def _gone(self, file: _File) -> None:
-        """Forget where in this file things were; what of it is in S.log as well is found there from now on."""
+        """This file is no longer kept: so says the index from now on, in one entry for neighbours."""
+        spans: list[_Span] = []
         for span in self._spans:
             if span.file is file:
                 span.file = None
-        for tail in [tail for tail in self._tails if file.first_seq <= tail.seq <= file.last_seq]:
-            self._tails.remove(tail)
-            bisect.insort(self._spans, tail, key=lambda span: span.seq)
-        self._spans = [span for before, span in zip([None, *self._spans], self._spans)
-                       if span.file is not None or before is None or before.file is not None]
+            if spans and spans[-1].file is span.file is None:
+                spans[-1].last = span.last
+            else:
+                spans.append(span)
+        self._spans = spans
         self._begins = deque((begin for begin in self._begins if begin.file is not file), CELLS)
+        self._tails = deque((tail for tail in self._tails if tail.file is not file), CELLS)
         file.close()
 
     def _finish(self, cell: _Cell) -> None:
@@ -651,7 +661,7 @@ class SessionLog:
                 if first_kept:
                     start = self._log.size
                     self._log.append(b"".join(lines))       # one write for all: they were written before
-                    self._tails.append(_Span(first_kept[1], first_kept[0], self._log, start, self._log.size))
+                    self._tails.append(_Span(*first_kept[:2], cell.tail[-1][1], self._log, start, self._log.size))
         except Exception as error:
             self._fail(error, 0)
         finally:
@@ -687,60 +697,50 @@ class SessionLog:
         """
         with self._lock:
             begins = list(self._begins)[-cells if cells else None:] if cells != 0 else []
-            spans = list(self._spans)
+            spans, tails = list(self._spans), list(self._tails)
         found: dict[int, tuple[bytes, bytes]] = {}      # n: (of, line)
         size, cut = 0, False
         for begin in reversed(begins):
             if size + begin.end - begin.start > max_bytes >> 1 and found:
                 cut = True
                 break
-            for n, _, of, line in self._lines_of(begin):
+            for n, _, of, line in begin.lines():
                 found[n] = of, line
                 size += len(line)
         if not found:
-            return Page([], {}, None, False)
+            return Page([], {}, None, cut)
         oldest = min(found)
-        for index in range(len(spans) - 1, -1, -1):
-            span = spans[index]
-            if index + 1 < len(spans) and spans[index + 1].n <= oldest:
+        at = max(0, bisect.bisect(spans, oldest, key=lambda span: span.n) - 1)
+        for n, _, of, line in _merge(spans[at:], tails, is_reversed=True):
+            if n < oldest:
                 break
-            cut = cut or span.file is None
-            for n, _, of, line in reversed(self._lines_of(span)):
-                if n < oldest or n in found:
-                    continue
+            if n not in found:
                 size += len(line)
                 if size > max_bytes:
                     return self._make_page(found, None, True)
                 found[n] = of, line
-        return self._make_page(found, None, cut)
+        return self._make_page(found, None, cut or any(span.file is None for span in spans[at:]))
 
     def between(self, first_seq: int, last_seq: int, max_bytes: int) -> Page:
         """The records of the messages with these numbers, as many as fit, but one at least."""
         with self._lock:
-            at = max(0, bisect.bisect_left(self._spans, first_seq, key=lambda span: span.seq) - 1)
-            to = bisect.bisect_right(self._spans, last_seq + 1, key=lambda span: span.seq, lo=at)
-            spans = self._spans[at:to + 1]
+            at = bisect.bisect_left(self._spans, first_seq, key=lambda span: span.last)
+            spans = self._spans[at:bisect.bisect_right(self._spans, last_seq, key=lambda span: span.seq)]
+            gone = [span.seq for span in spans if span.file is None]
+            tails = [tail for tail in self._tails if gone and tail.seq <= last_seq and tail.last >= first_seq]
         found: dict[int, tuple[bytes, bytes]] = {}
-        size, cut, newest = 0, False, 0
-        for index, span in enumerate(spans):
-            if span.file is None and span.seq <= last_seq:
-                cut = cut or index + 1 == len(spans) or spans[index + 1].seq > first_seq
-            for n, seq, of, line in self._lines_of(span):
-                if n in found or not first_seq <= seq <= last_seq:
-                    continue
+        size, newest, next_seq = 0, 0, None
+        for n, seq, of, line in _merge(spans, tails):
+            if seq > last_seq:
+                break
+            if seq >= first_seq and n not in found:
                 if found and size + len(line) > max_bytes and seq > newest:
-                    return self._make_page(found, seq, cut)
+                    next_seq = seq
+                    break
                 found[n] = of, line
                 size += len(line)
-                newest = max(seq, newest)
-        return self._make_page(found, None, cut)
-
-    @staticmethod
-    def _lines_of(span: _Span) -> list[tuple[int, int, bytes, bytes]]:
-        try:
-            return list(span.lines())
-        except OSError:
-            return []
+                newest = seq
+        return self._make_page(found, next_seq, any(next_seq is None or seq < next_seq for seq in gone))
 
     def _make_page(self, found: dict[int, tuple[bytes, bytes]], next_seq: int | None, cut: bool) -> Page:
         records = [found[n] for n in sorted(found)]
@@ -748,6 +748,23 @@ class SessionLog:
         parents = {json.loads(of): _embed(self._parents[of]) for of, _ in records
                    if of in self._parents and of not in begun}
         return Page([line for _, line in records], parents, next_seq, cut)
+
+
+_Line = tuple[int, int, bytes, bytes]       # n, seq, of, the line itself
+
+
+def _merge(spans: list[_Span], tails: list[_Span], is_reversed: bool = False) -> Iterator[_Line]:
+    """The records of both in order, some twice; read as they are asked for."""
+    step = -1 if is_reversed else 1
+    groups: list[tuple[int, list[_Span]]] = []      # tails of cells that ran within each other
+    for tail in sorted(tails, key=lambda tail: tail.seq):
+        last, within = groups.pop() if groups and tail.seq <= groups[-1][0] else (0, [])
+        groups.append((max(last, tail.last), [*within, tail]))
+    return heapq.merge(
+        (line for span in spans[::step] for line in span.lines()[::step]),
+        (line for _, group in groups[::step]
+         for line in sorted(itertools.chain(*(tail.lines() for tail in group)))[::step]),
+        key=lambda line: step * line[0])
 
 
 def _predecessor(conn: str) -> LoggedSession | None:
