@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from . import crashlog
@@ -41,16 +42,21 @@ def obituary(connection_file: str, client: Client | None) -> Obituary | None:
 
 
 class Obituary:
-    """The session of a dead kernel.  lines: what happened, what is saved; is_again: soon after a recovery."""
+    """The session of a dead kernel.  is_again: it died soon after a recovery."""
 
     def __init__(self, session: LoggedSession):
         from . import recovery
         self.session = session
-        self.lines = recovery.describe(session)
         self.is_again = recovery.died_again(session)
+
+    def lines(self) -> Iterator[str]:
+        """What happened, and then what is saved, which may take a second for some hundred megabytes."""
+        from . import recovery
+        yield recovery.headline(self.session)
+        yield from recovery.describe(self.session)[1:]
         if self.is_again:
-            self.lines.append("  it died within %d s of a recovery: what was recovered may be what kills it"
-                              % recovery.AGAIN_SECONDS)
+            yield "  it died within %d s of a recovery: what was recovered may be what kills it" % (
+                recovery.AGAIN_SECONDS)
 
     @functools.cached_property
     def death(self) -> recovery.Death:

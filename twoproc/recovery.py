@@ -195,11 +195,10 @@ def _cells(session: LoggedSession) -> tuple[list[LoggedCell], LoggedCell | None]
 
 # -- what is saved ---------------------------------------------------------------------------------
 
-def describe(session: LoggedSession) -> list[str]:
-    """Three lines: what happened, what is saved, what is not."""
-    records, state, pid = session.outline(), session.state(), session.opened.get("pid", "unknown")
-    begun = [record for record in records if record["k"] == "begin"]
-    when = "(%s, pid %s)" % (_last_time(records), pid)
+def headline(session: LoggedSession) -> str:
+    """What happened, in one line; soon there, also when there is much output to count for the other lines."""
+    state, pid = session.state(), session.opened.get("pid", "unknown")
+    when = "(%s, pid %s)" % (_last_time(session.outline()), pid)
     if state == "alive":
         first = "The kernel is running  (pid %s)" % pid
     elif state == "closed":
@@ -208,6 +207,13 @@ def describe(session: LoggedSession) -> list[str]:
         first = "The kernel %s  %s" % (cause(session), when)
     if state == "unknown":
         first = "It ran on host %s, and may still.  If it does not: %s" % (session.opened.get("host"), first)
+    return _line(first)
+
+
+def describe(session: LoggedSession) -> list[str]:
+    """Three lines: what happened, what is saved, what is not."""
+    records = session.outline()
+    begun = [record for record in records if record["k"] == "begin"]
     kept = sum(isinstance(record.get("code"), str) for record in begun)
     missing = ["variables"]
     if any(record["k"] == "cut" for record in records):     # else nobody has to parse all the output
@@ -217,7 +223,7 @@ def describe(session: LoggedSession) -> list[str]:
                          (session.lost, "lost record")):
         missing += [_count(number, what)] if number else []
     saved = _count(kept, "input") + (" and what came out" if kept else "")
-    return [_line(first), "  saved: " + saved, "  not saved: " + ", ".join(missing)]
+    return [headline(session), "  saved: " + saved, "  not saved: " + ", ".join(missing)]
 
 
 def notice(session: LoggedSession) -> tuple[str, str]:

@@ -972,11 +972,13 @@ class Terminal:
         if self.dead is None:
             self.painter.say("kernel %s%s %s%s" % (self.name, "" if is_wanted else " died:", self.died, self.lost))
         else:
-            first, *rest = self.dead.lines
-            if self.died.endswith("from its launcher"):     # the user's own [k]ill, which the log does not know
-                first = "kernel %s ended: %s%s" % (self.name, self.died, self.lost)
-            for line in [first, *rest]:
+            for number, line in enumerate(self.dead.lines()):
+                if number == 0 and self.died.endswith("from its launcher"):
+                    # The user's own [k]ill, of which the log does not know.
+                    line = "kernel %s ended: %s%s" % (self.name, self.died, self.lost)
                 self.painter.say(line)
+                if self._app is None:
+                    self._write(self.painter.take())
             if self.process is None:
                 self.painter.say("  this terminal goes on with kernel %s if whoever started it restarts it" % self.name)
         self.lost = ""
