@@ -87,6 +87,7 @@ def idle(kernel, size):
 def round_trips(kernel, size):
     """Until the reply and the idle are both here."""
     peer = kernel.peer
+    peer.execute("import os", silent=True)      # for the completions
     for figure, options in (("pass, silent", {"silent": True}), ("pass, with history", {"history": True})):
         for _ in range(20):
             peer.execute("pass", **options)

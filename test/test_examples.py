@@ -62,6 +62,19 @@ class Examples(unittest.TestCase):
         self.assertEqual(self.run_example("other_kernels.py", "python3", "6 * 7",
                                           env={"PYDEVD_DISABLE_FILE_VALIDATION": "1"}).splitlines()[-1], "42")
 
+    def test_read_a_dead_session(self):
+        lines = self.run_example("read_a_dead_session.py").splitlines()
+        self.assertEqual(lines[:3], ["kernel died: SIGSEGV", "the session died, in In [3]",
+                                     "by SIGSEGV at line 2 of the cell, in ctypes.string_at"])
+        self.assertEqual(lines[3:], [
+            "In [1]: 'answer = 6 * 7' ok", "In [2]: \"print('the answer is', answer)\" ok",
+            "    stream the answer is 42", "In [3]: 'import ctypes\\nctypes.string_at(0)' not ended",
+            "in a new kernel: 42"])
+
+    def test_follow_from_the_past(self):
+        self.assertEqual(self.run_example("follow_from_the_past.py").splitlines(), [
+            "past: an earlier cell and 1 ...", "live: more than four ...", "each number once: True"])
+
     def test_raw_client(self):
         kernel = support.start_kernel(self)
         lines = self.run_example("raw_client.py", kernel.connection_file, "6 * 7", home=kernel.home).splitlines()
