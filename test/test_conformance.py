@@ -248,7 +248,8 @@ class OtherKernels(InstalledCase):
     """Our client and our frontend in front of kernels that are not ours."""
 
     OTHERS = {      # kernel: (cell, its output, a cell that fails, a cell that can be interrupted)
-        "ipykernel": ("print(6 * 7)", "42\n", "1 / 0", "import time\nprint('now', flush=True)\ntime.sleep(60)"),
+        # A loop: an interrupt between a print and a sleep is one that ipykernel may see only after the sleep.
+        "ipykernel": ("print(6 * 7)", "42\n", "1 / 0", "print('now', flush=True)\nwhile True: pass"),
         # One process says `now` and sleeps: between two commands of its own bash forgets a Ctrl-C (31 of 300 with
         # nothing but a terminal before it), and its kernel passes on the first one of a cell only.
         "bash": ("echo $((6 * 7))", "42\n", "false", "sh -c 'echo now; exec sleep 60'"),
