@@ -63,7 +63,8 @@ OUTPUTS = ("stream", "display_data", "execute_result", "update_display_data", "e
 CELLS = 1000            # cells whose output is still known to be theirs: a thread may print for a cell long ended
 SPAN = 64 << 10         # bytes of a file between two entries of the index
 SPANS = 20_000          # entries of the index
-RETRY_SECONDS = 1.0     # between two attempts to open the files, but for cells, which each try
+RETRY_SECONDS = 1.0     # between two attempts to open the files, but for cells, which each try; and two looks at where
+                        # they are
 WARN_SECONDS = 60.0     # between two warnings
 SYNC_SECONDS = 1.0      # from a record to its fsync
 TAIL = 4096             # bytes at the end of a log in which a `close` is looked for
@@ -118,19 +119,20 @@ def state_folder() -> str:
     folder = chosen or os.path.join(base, "twoproc")
     if not os.path.isabs(folder):
         raise StateError("no home folder is known: set HOME, or TWOPROC_STATE to a folder that you can write")
+    return _private(folder)
+
+
+def sessions_folder(state: str | None = None) -> str:
+    """<state folder>/sessions, made and looked at in the same way."""
+    return _private(os.path.join(_private(state) if state else state_folder(), "sessions"))
+
+
+def _private(folder: str) -> str:
     try:
         os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
         return connection.private_folder(folder, "TWOPROC_STATE")
     except OSError as error:
         raise StateError(f"{folder}: {error.strerror}; set TWOPROC_STATE to a folder that you can write") from error
-    except ConnectionFileError as error:
-        raise StateError(str(error)) from error
-
-
-def sessions_folder() -> str:
-    """<state folder>/sessions, made and looked at in the same way."""
-    try:
-        return connection.private_folder(os.path.join(state_folder(), "sessions"), "TWOPROC_STATE")
     except ConnectionFileError as error:
         raise StateError(str(error)) from error
 
@@ -225,23 +227,32 @@ class _File:
         os.ftruncate(self.fd, self.size)
         self.is_torn = False
 
-    def is_sound(self) -> bool:
-        """Whether the descriptor is still this file, and the file still where it was.
+    def is_ours(self) -> bool:
+        """Whether the descriptor is still this file, and the file still has a name.
 
         A cell may close descriptors that are not its own, and open others under their numbers; and who cleans
-        up a home folder, or moves it, does not ask which of its files are in use.
+        up a home folder does not ask which of its files are in use.
         """
         try:
             found = os.fstat(self.fd)
-            if (found.st_dev, found.st_ino) == self._identity:
-                found = os.lstat(self.path)
-                return (found.st_dev, found.st_ino) == self._identity
-            self.fd = -1                # somebody else's now, and not ours to close
-            return False
         except OSError as error:
             if error.errno == errno.EBADF:
                 self.fd = -1
-            return error.errno not in (errno.EBADF, errno.ENOENT, errno.ENOTDIR)
+            return self.fd >= 0
+        if (found.st_dev, found.st_ino) != self._identity:
+            self.fd = -1                # somebody else's now, and not ours to close
+            return False
+        return found.st_nlink > 0
+
+    def is_sound(self) -> bool:
+        """The same, and whether it is still where it was: a folder may be moved."""
+        if not self.is_ours():
+            return False
+        try:
+            found = os.lstat(self.path)
+        except OSError as error:        # a cell that became another user may not look, but can write
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR)
+        return (found.st_dev, found.st_ino) == self._identity
 
     def sync(self) -> None:
         getattr(os, "fdatasync", os.fsync)(self.fd)
@@ -313,7 +324,7 @@ class SessionLog:
         self._seq = 0                   # the newest message published, of any type
         self._trouble: str | None = None
         self._lost = 0
-        self._tried_at = 0.0
+        self._tried_at = self._checked_at = 0.0
         self._is_closed = False
         self._cells: dict[bytes, _Cell] = {}        # by the header of the request, as it came
         self._parents: dict[bytes, bytes] = {}      # the header by its msg_id
@@ -551,7 +562,8 @@ class SessionLog:
 
     def _open_files(self) -> None:
         self._tried_at = time.monotonic()
-        self.folder = sessions_folder()
+        # Once chosen it stays: a cell may change the environment.
+        self.folder = sessions_folder(os.path.dirname(self.folder))
         base = os.path.join(self.folder, self.id)
         if self._lock_file is None:
             self._lock_file = self._make_lock(base + ".lock")
@@ -583,7 +595,11 @@ class SessionLog:
         return file
 
     def _check_files(self) -> None:
-        """Once for each cell: what is no longer ours is opened anew."""
+        """Before each cell: what is no longer ours is opened anew.  Where files are is looked at once a second."""
+        now = time.monotonic()
+        if self._log is not None and self._log.is_ours() and now - self._checked_at < RETRY_SECONDS:
+            return
+        self._checked_at = now
         for name in ("_lock_file", "_log", "_bulk", "_old_bulk"):
             file = getattr(self, name)
             if file is not None and not file.is_sound():
@@ -848,6 +864,7 @@ class LoggedSession:
         self._opened: dict[str, Any] | None = None
         self._damaged: int | None = None
         self._lost: int | None = None
+        self._marks: dict[str, str] | None = None
 
     def __repr__(self) -> str:
         return f"<LoggedSession {self.id}>"
@@ -1032,26 +1049,26 @@ class LoggedSession:
     @property
     def killer(self) -> LoggedCell | None:
         """The cell that was running when the session ended."""
-        # The last one begun, or none: an older one without an `end` has lost that record, and nothing else.
-        newest, ended = None, set()
-        for record in self.outline():
-            if record["k"] == "begin":
-                newest = record
-            elif record["k"] == "end":
-                ended.add(record["of"])
-        if newest is None or newest["of"] in ended:
-            return None
-        return next(iter(self.cells(newest["of"])), None)
+        # The last one begun, or the one within which that was run by %recover: both have one execution count.
+        # Any other without an `end` has lost that record, and nothing else.
+        records = self.outline()
+        ended = {record["of"] for record in records if record["k"] == "end"}
+        begun = [record for record in records if record["k"] == "begin"]
+        running = [record for record in begun if record["of"] not in ended and record["ec"] == begun[-1]["ec"]]
+        return next(iter(self.cells(running[-1]["of"])), None) if running else None
 
     def marks(self) -> dict[str, str]:
         """For each client's session the date of its newest request; also those that its predecessors knew."""
+        if self._marks is not None:
+            return self._marks
         marks = {name: date for name, date in self.opened.get("marks", {}).items() if type(date) is str}
         for record in self.outline():
             if record["k"] == "begin":
                 name, date = record["hdr"].get("session"), record["hdr"].get("date")
                 if type(name) is str and type(date) is str:
                     marks[name] = max(date, marks.pop(name, date))      # the newest last
-        return dict(list(marks.items())[-CELLS:])
+        self._marks = dict(list(marks.items())[-CELLS:])
+        return self._marks
 
     def fault_text(self) -> str:
         """What faulthandler wrote; mostly nothing."""
@@ -1175,7 +1192,8 @@ def prune(limits: Limits = Limits()) -> None:
     """Remove what is older, or more, than is to be kept.  Never what is alive, may be, or is being recovered."""
     crashed = closed = 0
     there = sessions()
-    wanted = {session.opened.get("prev") for session in there}
+    # What a living kernel may be asked to recover.
+    wanted = {session.opened.get("prev") for session in there if session.state() == "alive"}
     for session in there:
         with contextlib.suppress(StateError, OSError):      # somebody else is faster, or recovers it
             age = time.time() - os.stat(session.path(".log")).st_mtime
@@ -1184,13 +1202,13 @@ def prune(limits: Limits = Limits()) -> None:
                 crashed += 1
                 is_kept = crashed <= limits.keep_crashed and age < limits.keep_days * 86400
             elif session.is_restarted:
-                is_kept = session.id in wanted or age < 86400       # the kernel that follows may yet come
+                is_kept = age < 86400       # the kernel that follows may yet come
             elif state == "closed":
                 closed += 1
                 is_kept = closed <= limits.keep_closed
             else:
                 is_kept = True
-            if not is_kept:
+            if not is_kept and session.id not in wanted:
                 session.drop()
     _sweep()
 
