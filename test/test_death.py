@@ -87,6 +87,22 @@ class TheNews(DeathCase):
         terminal.wait(QUESTION)
         self.assertRegex(self.text(terminal), r"In \[1\].*status 3")
 
+    def test_the_users_own_kill_is_not_said_to_come_from_outside(self):
+        with open(os.path.join(self.home.work, "stub.py"), "w") as file:
+            file.write("import time\ndef stubborn():\n    print('on')\n    while True:\n        try:\n"
+                       "            time.sleep(20)\n        except KeyboardInterrupt:\n            print('no')\n")
+        terminal = self.open()
+        terminal.run("import stub", 1)
+        terminal.send("stub.stubborn()\r")
+        terminal.wait(lambda lines: "on" in lines)
+        terminal.send(CTRL_C)
+        terminal.wait(lambda lines: "no" in lines)
+        terminal.send(CTRL_C)
+        terminal.wait("[k]ill:")
+        terminal.send("k")
+        terminal.wait("The kernel was ended in In [2]: SIGKILL from its launcher")
+        terminal.wait(QUESTION)
+
     def test_the_cell_is_in_the_log_with_the_signal(self):
         terminal = self.crashed()
         terminal.send("q")
@@ -252,6 +268,18 @@ class NextStart(DeathCase):
         third.run("1", 1)
         third.run("2", 2)
         self.assertNotIn("did not close", third.raw)
+
+    def test_one_that_was_recovered_is_not_said(self):
+        terminal = self.crashed()
+        terminal.send("r")
+        terminal.prompt(1)
+        terminal.send("exit\r")
+        self.assertEqual(terminal.wait_end(), 0)
+        again = self.open()
+        again.run("1", 1)
+        again.run("2", 2)
+        self.assertNotIn("did not close", again.raw)
+        self.assertIn("died", self.crashlog("--list"))
 
     def test_one_that_was_closed_leaves_nothing_to_say(self):
         terminal = self.open()

@@ -68,10 +68,6 @@ class Obituary:
         from . import recovery
         return "\n".join(recovery.show(self.session, SHOWN_CHARS))
 
-    def export(self, folder: str) -> str:
-        """Write them as a notebook; its path.  ValueError says why not."""
-        return save(self.session.id, os.path.join(folder, "session-%s.ipynb" % self.session.id))
-
     def inputs(self) -> list[str]:
         return [record["code"] for record in self.session.outline()
                 if record["k"] == "begin" and isinstance(record.get("code"), str)]
@@ -113,15 +109,15 @@ def where(name: str) -> str:
         return "session %s: not on this machine" % name
 
 
-def save(name: str, path: str) -> str:
+def save(name: str, path: str = "") -> str:
     """Write the session of that name to a file, by its extension as notebook or script; the whole path.
 
-    ValueError says why not.
+    Without a path: as a notebook in the current folder.  ValueError says why not.
     """
     from . import recovery
     if not name:
         raise ValueError("the kernel keeps no log")
-    path = os.path.abspath(os.path.expanduser(path))
+    path = os.path.abspath(os.path.expanduser(path or "session-%s.ipynb" % name))
     try:
         recovery.export(crashlog.find(name), path)
     except (crashlog.StateError, recovery.RecoveryError) as error:
@@ -152,7 +148,8 @@ def news() -> str:
 
 
 def _told() -> set[str]:
-    with contextlib.suppress(OSError), open(os.path.join(crashlog.state_folder(), "told"), encoding="ascii") as file:
+    with contextlib.suppress(OSError), open(os.path.join(crashlog.state_folder(), "told"), encoding="utf-8",
+                                            errors="replace") as file:
         return set(file.read().split())
     return set()
 

@@ -803,7 +803,7 @@ class Terminal:
         "who": ("", "who else was seen at this kernel"),
         "last": ("N", "the last N cells again, whoever ran them"),
         "log": ("", "where the session's log is"),
-        "save": ("FILE", "write the session to FILE.ipynb or FILE.py"),
+        "save": ("FILE", "write the session to a file, .ipynb or .py"),
         "kernels": ("", "your kernels on this machine"),
         "connect": ("NAME", "leave this kernel for another"),
     }
@@ -975,7 +975,7 @@ class Terminal:
             for number, line in enumerate(self.dead.lines()):
                 if number == 0 and self.died.endswith("from its launcher"):
                     # The user's own [k]ill, of which the log does not know.
-                    line = "kernel %s ended: %s%s" % (self.name, self.died, self.lost)
+                    line = "The kernel was ended %s: %s" % (self.dead.death.place, self.died)
                 self.painter.say(line)
                 if self._app is None:
                     self._write(self.painter.take())
@@ -1000,7 +1000,7 @@ class Terminal:
                 self.page(self.dead.text())
             elif choice == "e":
                 with self._one_line("not exported"):
-                    self.painter.say("exported to " + self.dead.export(os.getcwd()))
+                    self.painter.say("exported to " + death.save(self.dead.session.id))
             elif choice == "r":
                 self._recover()
                 return
