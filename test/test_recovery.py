@@ -17,7 +17,7 @@ import unittest
 import zlib
 from unittest import mock
 
-from twoproc import crashlog, export, recovery
+from twoproc import crashlog, recovery
 
 from . import support, vt
 
@@ -176,7 +176,9 @@ class WhatKilledIt(LogCase):
     def test_between_two_cells_of_a_replay_the_replay_was_running(self):
         session = self.write({"code": "%recover replay", "ok": None}, {"code": "a", "ec": 1}, status=3)
         self.assertEqual(str(recovery.cause(session)), "died in In [1]: the cell ended the process itself, status 3")
-        self.assertIn("killed-kernel", export.notebook(*recovery._cells(session), "", "", ""))
+        recovery.export(session, os.path.join(self.home.work, "x.py"))
+        with open(os.path.join(self.home.work, "x.py")) as file:
+            self.assertIn("# In [1]: the kernel died in In [1]", file.read())
 
     def test_a_lost_end_makes_no_killer(self):
         session = self.write({"code": "a", "ok": None}, {"code": "b"}, status=3)

@@ -10,10 +10,12 @@ level) stands in it as a comment.  What IPython itself can run again are .ipy an
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import math
 import re
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,7 +69,6 @@ def notebook_outputs(cells: list[LoggedCell]) -> list[list[dict]]:
     for cell in cells:
         shown: list[dict] = []
         is_clearing = False
-        pieces: list[str] = []      # of the stream that is the last in `shown`: joined once, there may be many
         for entry in cell.outputs:
             kind, content = entry["type"], entry["content"]
             output = output_of(kind, content)
@@ -83,23 +84,20 @@ def notebook_outputs(cells: list[LoggedCell]) -> list[list[dict]]:
             elif output is not None:
                 if is_clearing:
                     shown, is_clearing = [], False
-                last = shown[-1] if shown else {}
-                if kind == "stream" == last.get("output_type") and last["name"] == output["name"]:
-                    pieces.append(output["text"])
-                    continue
-                _close_stream(last, pieces)
-                pieces = [output["text"]] if kind == "stream" else []
                 shown.append(output)
                 if display_id:
                     displays.setdefault(display_id, []).append(output)
-        _close_stream(shown[-1] if shown else {}, pieces)
-        result.append(shown)
+        result.append(list(_joined(shown)))
     return result
 
 
-def _close_stream(output: dict, pieces: list[str]) -> None:
-    if output.get("output_type") == "stream":
-        output["text"] = "".join(pieces)
+def _joined(outputs: list[dict]) -> Iterator[dict]:
+    """The same with neighbours of one stream made one; all at once, there may be many."""
+    for name, group in itertools.groupby(outputs, key=lambda output: output.get("name")):
+        if name is None:        # no stream
+            yield from group
+        else:
+            yield {"output_type": "stream", "name": name, "text": "".join(output["text"] for output in group)}
 
 
 def output_of(kind: str, content: dict) -> dict | None:

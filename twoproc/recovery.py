@@ -87,7 +87,8 @@ def cause(session: LoggedSession, status: int | None = None) -> Death:
     None: what the log says about it, if anything.
     """
     records = session.outline()
-    cells, cell = [LoggedCell(record) for record in records if record["k"] == "begin"], _running(records)
+    cells = _inputs(records)
+    cell = _running(cells)
     if status is None:
         status = next((record["status"] for record in reversed(records) if record["k"] == "exit"), None)
     own = next((str(record.get("text", "")) for record in records if record["k"] == "note" and
@@ -119,15 +120,26 @@ def cause(session: LoggedSession, status: int | None = None) -> Death:
     return Death(_line(text), name, line, function, cell, place)
 
 
-def _running(records: list[dict]) -> LoggedCell | None:
-    """The last cell that was begun, if it was not ended; or the one within which that ran, by %recover.
+def _inputs(records: list[dict]) -> list[LoggedCell]:
+    """The cells without their outputs, which would take most of the time to read."""
+    cells = {record["of"]: LoggedCell(record) for record in records if record["k"] == "begin"}
+    for record in records:
+        if record["k"] == "end" and record["of"] in cells:
+            cells[record["of"]].is_ended, cells[record["of"]].ok = True, record["ok"]
+    return list(cells.values())
+
+
+def _running(cells: list[LoggedCell]) -> LoggedCell | None:
+    """The last cell, if it was not ended; or the one within which that ran, by %recover.
 
     Any other without an end has lost that record, and nothing else.
     """
-    ended = {record["of"] for record in records if record["k"] == "end"}
-    begun = [record for record in records if record["k"] == "begin"]
-    running = [record for record in begun if record["of"] not in ended and record["ec"] == begun[-1]["ec"]]
-    return LoggedCell(running[-1]) if running else None
+    return next((cell for cell in reversed(cells) if not cell.is_ended and cell.ec == cells[-1].ec), None)
+
+
+def _killer(session: LoggedSession, cells: list[LoggedCell]) -> LoggedCell | None:
+    """The one of these that was running at the death; that of a living kernel is just running."""
+    return None if session.state() in ("alive", "closed") else _running(cells)
 
 
 def _signal_name(number: int) -> str:
@@ -184,13 +196,6 @@ def _is_of(frame: _Frame, cell: LoggedCell) -> bool:
     file = cell.file.encode("ascii", "backslashreplace").decode("ascii")[:500]
     found = frame.file.removesuffix("...")
     return bool(file) and (found.startswith(file) if file.endswith("-") or len(found) >= 500 else found == file)
-
-
-def _cells(session: LoggedSession) -> tuple[list[LoggedCell], LoggedCell | None]:
-    """All cells, and the one of them that was running at the death; that of a living kernel is just running."""
-    cells = session.cells()
-    running = None if session.state() in ("alive", "closed") else _running(session.outline())
-    return cells, next((cell for cell in cells if running and cell.n == running.n), None)
 
 
 # -- what is saved ---------------------------------------------------------------------------------
@@ -291,8 +296,8 @@ def show(session: LoggedSession, most: int | None = None) -> list[str]:
 
     most: characters of a cell's printed text; of what is longer, beginning and end.
     """
-    cells, killer = _cells(session)
-    death = cause(session)
+    cells = session.cells()
+    killer, death = _killer(session, cells), cause(session)
     lines = [session.id, *describe(session)]
     for cell, outputs in zip(cells, notebook_outputs(cells)):
         lines.append("")
@@ -358,7 +363,8 @@ def _home(path: Any) -> str:
 def export(session: LoggedSession, path: str) -> None:
     """Write the session as a script (.py, .ipy) or as a notebook (.ipynb); never over a file that is there."""
     kind = os.path.splitext(path)[1].lower()
-    (cells, killer), death = _cells(session), str(cause(session))
+    cells = session.cells()
+    killer, death = _killer(session, cells), str(cause(session))
     if kind == ".ipynb":
         text = notebook(cells, killer, death, session.id, _line(session.opened.get("python", "")))
     elif kind in (".py", ".ipy"):
@@ -397,7 +403,8 @@ def _write_new(path: str, content: bytes) -> None:
 
 def definitions(session: LoggedSession) -> str:
     """Imports, functions and classes of the session as code, without the cell that was running at the death."""
-    cells, killer = _cells(session)
+    cells = _inputs(session.outline())
+    killer = _killer(session, cells)
     return definitions_of([cell for cell in cells if cell is not killer])
 
 
@@ -413,7 +420,8 @@ def replay_cells(session: LoggedSession, selection: str = "") -> list[LoggedCell
 
 def _choose(session: LoggedSession, selection: str) -> tuple[list[LoggedCell], list[str]]:
     """The cells to run; and those left out, with the reason."""
-    cells, killer = _cells(session)
+    cells = _inputs(session.outline())
+    killer = _killer(session, cells)
     wanted: list[range] = []
     for part in filter(None, re.split(r"[\s,]+", "" if selection.strip() == "all" else selection)):
         found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
@@ -648,7 +656,7 @@ def _recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callab
         path = os.path.abspath(os.path.expanduser(rest[0]))
         export(session, path)
         say("%s written" % _line(path))
-    elif _is_yes(ask, "Delete session %s, %s? [y/N] " % (session.id, _count(len(session.cells()), "cell"))):
+    elif _is_yes(ask, "Delete session %s, %s? [y/N] " % (session.id, _count(len(_inputs(session.outline())), "cell"))):
         session.drop()
         say("deleted")
     else:
