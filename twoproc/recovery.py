@@ -224,8 +224,9 @@ def describe(session: LoggedSession) -> list[str]:
     if any(record["k"] == "cut" for record in records):     # else nobody has to parse all the output
         cut = [cell.cut for cell in session.cells() if cell.cut]
         missing += ["%s of output in %s" % (_count(sum(cut), "piece"), _count(len(cut), "cell"))] if cut else []
+    lost = session.lost         # first: what this reads, `damaged` need not read again
     for number, what in ((len(begun) - kept, "private cell"), (session.damaged, "damaged record"),
-                         (session.lost, "lost record")):
+                         (lost, "lost record")):
         missing += [_count(number, what)] if number else []
     saved = _count(kept, "input") + (" and what came out" if kept else "")
     return [headline(session), "  saved: " + saved, "  not saved: " + ", ".join(missing)]
