@@ -271,7 +271,7 @@ class _Cell:
     def __init__(self, of: bytes, parent: bytes, room: int, is_private: bool = False) -> None:
         self.of, self.parent, self.room, self.is_private = of, parent, room, is_private
         self.is_ended = False
-        self.tail: deque[tuple[int, int, bytes]] = deque()      # (n, seq, line): its newest half, while it runs
+        self.tail: list[tuple[int, int, bytes]] = []    # (n, seq, line): its newest half, while it runs; a few hundred
         self.tail_bytes = self.first = self.records = self.bytes = 0
 
 
@@ -620,7 +620,7 @@ class SessionLog:
             cell.tail.append((n, seq, line))
             cell.tail_bytes += len(line)
             while cell.tail_bytes > self.limits.per_cell >> 1:
-                cell.tail_bytes -= len(cell.tail.popleft()[2])
+                cell.tail_bytes -= len(cell.tail.pop(0)[2])
         if self._bulk is not None and self._bulk.size and self._bulk.size + len(line) > self.limits.backlog:
             self._turn(self._bulk)
         if self._bulk is None:
@@ -1287,11 +1287,13 @@ def main(argv: list[str] | None = None) -> int:
         elif chosen.replay is not None:
             return recovery.replay(find(chosen.replay), chosen.into)
         else:
-            print(*recovery.list_lines(sessions()), sep="\n")
+            print("\n".join(recovery.list_lines(sessions())) or "there are no sessions")
         sys.stdout.flush()
     except BrokenPipeError:         # `| head`; the interpreter shall not find out once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
+    except KeyboardInterrupt:
+        return 130
     except StateError as error:
         print(f"twoproc.crashlog: {error}", file=sys.stderr)
         return error.exit_code
