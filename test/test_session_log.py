@@ -271,7 +271,7 @@ class Deaths(Logged):
         self.assertIn(recovery.cause(session, status).line, lines, f"{name}: {session.fault_text()}")
         if line:        # also for who was not told how the process ended
             self.assertIn(recovery.cause(session).line, lines)
-        self.assertEqual(session.cells()[0].outputs[0]["content"]["text"], "fine\n")
+        self.assertEqual("".join(output["content"]["text"] for output in session.cells()[0].outputs), "fine\n")
         session.drop()
         client.close()
 
