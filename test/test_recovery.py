@@ -806,6 +806,7 @@ class CommandLine(LogCase):
         self.assertEqual(sorted(os.listdir(self.home.work)), ["x.ipynb", "x.py"])
         self.crashlog("--drop", session.id)
         self.assertEqual(crashlog.sessions(), [])
+        self.assertEqual(self.crashlog(), "there are no sessions\n")
 
     def test_an_unknown_session_names_those_there_are(self):
         session = self.crash("a")
