@@ -413,6 +413,7 @@ class Client:
         self._was_connected = False         # since the last reset
         self._is_paused = False             # iopub is not read: somebody's inbox is full
         self._may_have_lost = False         # we were too slow, or stopped: see _look_for_loss
+        self._provoked = 0                  # how often since we heard something
         self._heard_output_at = self._looked_at = time.monotonic()
         self._dying: tuple[float, float, str] | None = None     # quiet until, at the latest, cause
         self._shutdown: Message | None = None       # the shutdown_reply that a kernel publishes to all
@@ -713,6 +714,9 @@ class Client:
             self._order.take(channel, message)
         if batch[0][0] == "iopub":
             self._heard_output_at = time.monotonic()
+            if self._provoked:
+                self._may_have_lost, self._provoked = False, 0
+                self._late.clear()
         self._ring()
         if self._dying is not None:
             _, latest, cause = self._dying
@@ -755,7 +759,8 @@ class Client:
 
     def _read_output(self) -> None:
         is_wanted = not self._is_paused and not self._order.is_filling
-        self._may_have_lost = self._may_have_lost or not is_wanted
+        if not is_wanted:
+            self._suspect_loss()
         self._channels.read_output(is_wanted)
 
     def _note_output(self, message: Message) -> None:
@@ -791,19 +796,23 @@ class Client:
         By a status, not by the log: what is still on its way, in the log or not, comes before it.
         """
         now = time.monotonic()
-        self._may_have_lost = self._may_have_lost or now - self._looked_at > STOPPED_SECONDS
+        if now - self._looked_at > STOPPED_SECONDS:
+            self._suspect_loss()
         self._looked_at = now
         if not (self._may_have_lost or self._late) or not self._order.is_counting \
-                or self._is_paused or self._order.is_filling:
+                or self._is_paused or self._order.is_filling or self._provoked > 6:
             return None
-        left = self._heard_output_at + QUIET_SECONDS - now
+        # Up to seven times, after 1 to 64 s: a kernel leaves a reader out until it has read up, and does not tell.
+        left = self._heard_output_at + QUIET_SECONDS * 2 ** self._provoked - now
         if left <= 0:
-            self._may_have_lost = False
-            self._late.clear()
+            self._provoked += 1
             with contextlib.suppress(KernelDied, ValueError):
                 self.submit("kernel_info_request", channel="control").cancel()
             return None
         return left
+
+    def _suspect_loss(self) -> None:
+        self._may_have_lost, self._heard_output_at, self._provoked = True, time.monotonic(), 0
 
     def _hear_link(self, event: str) -> None:
         if event == "connected":
