@@ -623,6 +623,18 @@ class Joining(TerminalCase):
         self.assertLess(shown.index("-- now --"), shown.index("alice | 1"))
         self.assertEqual(bob.run("'on'", 3)[-3:], ["Out[3]: 'on'", "", "In [4]:"])
 
+    def test_a_terminal_that_was_stopped_shows_all_that_it_missed(self):
+        alice = self.open("--name", "missed", "--set", "limits.iopub_queue=50", "--set",
+                          "limits.slow_reader_seconds=0.1")
+        bob = self.join("missed")
+        bob.prompt(1)
+        os.kill(bob.pid, signal.SIGSTOP)
+        alice.run("for i in range(3000): display(i)", 1)
+        os.kill(bob.pid, signal.SIGCONT)
+        bob.wait(lambda lines: "alice | 2999" in lines or any("missed:" in line for line in lines))
+        self.assertEqual([line for line in bob.screen.all_lines() if line.startswith("alice | ")],
+                         [f"alice | {i}" for i in range(3000)])
+
     def test_what_others_typed_comes_back_and_what_is_private_does_not(self):
         alice = self.open("--name", "typed")
         alice.run("before_he_came = 1", 1)
