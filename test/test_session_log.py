@@ -362,8 +362,8 @@ class TheSuccessor(Logged):
 
     def test_says_so_in_the_first_output_and_in_its_banner(self):
         _, _, client = self.succeed()
-        self.assertIn("died in In [2]", client.request("shell", "kernel_info_request").content["banner"])
         result = client.execute("'first'")
+        self.assertIn("died in In [2]", client.request("shell", "kernel_info_request").content["banner"])
         (shown,) = result.of_type("display_data")
         self.assertIn("In [2]", shown["data"]["text/plain"])
         self.assertIn("%recover", shown["data"]["text/html"])

@@ -72,7 +72,8 @@ class Kernel:
         self.claim: connection.Claim | None = None
         self.log: SessionLog | None = None      # None: not wanted
         self._marks: dict[str, str] = {}        # client's session -> date of the last cell it sent our predecessors
-        self.notice: tuple[str, str] | None = None      # of a crash before us, as text and as HTML; once
+        self.notice: tuple[str, str] | None = None      # of a crash before us, as text and as HTML
+        self._is_notice_told = False
         self._is_child = False
         self.capture = DescriptorCapture()
         self._is_reading_asked = False          # twoproc-io's: a reading of the capture is in the outbox
@@ -520,8 +521,8 @@ class Kernel:
         channels.call(lambda: log.end(parent, ok, seconds, channels.published + 1))
 
     def _publish_notice(self, message: Message) -> None:
-        if self.notice is not None:
-            (text, html), self.notice = self.notice, None
+        if self.notice is not None and not self._is_notice_told:
+            (text, html), self._is_notice_told = self.notice, True
             self.publish("display_data", {"data": {"text/plain": text, "text/html": html}, "metadata": {},
                                           "transient": {}}, parent=message)
 
@@ -928,7 +929,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         for warning in [claim.note, *warnings]:
             if warning:
                 logger.warning(warning)
-        kernel.run(lambda kernel: make_interpreter(kernel, arguments, path))
+        kernel.run(lambda kernel: make_interpreter(kernel, arguments, path, settings["recovery.notice"]))
     except BaseException:
         kernel.note_fault()
         connection.remove_files(path, info)
@@ -939,7 +940,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
 
 
 def make_log(kernel: Kernel, settings: config.Settings, path: str) -> SessionLog:
-    """The log of this session; with the news of the one before it, if that died with the same connection file."""
+    """The log of this session."""
     def warn(text: str) -> None:
         """Once, in the log of the process and where the user looks."""
         logger.warning(text)
@@ -949,11 +950,7 @@ def make_log(kernel: Kernel, settings: config.Settings, path: str) -> SessionLog
         settings["recovery.max_output_per_cell_kb"] << 10, settings["recovery.max_log_mb"] << 20,
         settings["recovery.backlog_mb"] << 20, settings["recovery.fsync"], settings["recovery.keep_crashed"],
         settings["recovery.keep_days"], settings["recovery.keep_closed"])
-    log = SessionLog(path, limits, warn)
-    if log.prev is not None and settings["recovery.notice"] and log.prev.state() == "died":
-        from . import recovery
-        kernel.notice = recovery.notice(log.prev)
-    return log
+    return SessionLog(path, limits, warn)
 
 
 def choose_connection(arguments: argparse.Namespace,
@@ -1030,7 +1027,7 @@ def start_log(stream: Any) -> None:
     logger.propagate = False
 
 
-def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, path: str) -> Interpreter:
+def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, path: str, is_notice_wanted: bool) -> Interpreter:
     """Import IPython: half of the time it takes to start.  Meanwhile twoproc-io answers already."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         setattr(sys, name, OutStream(name, descriptor, functools.partial(kernel.write_stream, name),
@@ -1042,6 +1039,10 @@ def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, path: str) -
     if kernel.log is not None:
         kernel.log.open(sys.modules["IPython"].__version__)
         kernel.log.start_sync(own_thread)
+        before = kernel.log.prev
+        if is_notice_wanted and before is not None and before.state() == "died":
+            from . import recovery
+            kernel.notice = recovery.notice(before)     # reads that whole log: not where a client waits for us to start
     return interpreter
 
 
