@@ -7,12 +7,15 @@ a kernel, are test_crashlog.py's.
 """
 import glob
 import os
+import random
 import subprocess
+import threading
 import time
 import unittest
 
 from twoproc import crashlog, recovery
 
+from . import support
 from .support import wait_until
 from .test_session_log import Logged
 
@@ -281,13 +284,86 @@ class OnASmallDisk(Mistreated):
 
 
 class KilledAtAnyMoment(Logged):
-    """Whatever it is about to do: what is there afterwards can be read, and nothing in it is wrong."""
+    """Whatever it is about to do: what is there afterwards can be read, and what somebody has seen is there."""
 
     def kill_after(self, kernel, seconds):
-        with self.assertRaises(subprocess.TimeoutExpired):
-            kernel.popen.wait(seconds)
-        kernel.popen.kill()
+        timer = threading.Timer(seconds, kernel.popen.kill)
+        timer.start()
         kernel.wait()
+        timer.join()
+
+    def test_while_much_is_printed_and_the_ring_turns(self):
+        chance = random.Random(2)
+        turned = 0
+        code = "for n in range(10 ** 9): print(n, 'x' * 300)"
+        for _ in range(support.rounds(3, 300)):
+            kernel, client = self.start("--set", "recovery.max_output_per_cell_kb=16", "--set", "recovery.backlog_mb=1")
+            client.execute("print('before')")
+            msg_id = client.send_execute(code)
+            client.wait_running(msg_id)
+            self.kill_after(kernel, chance.uniform(0.0, 0.5))
+            for _ in range(50):
+                client.collect(0.01)
+            session = self.session()
+            self.assertEqual((session.state(), session.damaged, session.lost), ("died", 0, 0))
+            self.assertEqual(session.killer.code, code)
+            records = session.records()
+            there = {record["seq"]: record["content"] for record in records if record["k"] == "out"}
+            cut = sum(record["records"] for record in records if record["k"] == "cut")
+            seen = {message.metadata["twoproc_seq"]: message.content for message in client.inbox["iopub"]
+                    if message.msg_type == "stream"}
+            if seen:
+                self.assertIn(max(seen), there)
+            for seq in seen.keys() & there.keys():
+                self.assertEqual(seen[seq], there[seq])
+            self.assertLessEqual(len(seen.keys() - there.keys()), cut)
+            turned += cut > 0
+            session.drop()
+            client.close()
+        if support.IS_SOAK:
+            self.assertGreater(turned, 30)
+
+    def test_while_it_ends(self):
+        """Closed, or died with everything: never a part of it."""
+        chance = random.Random(3)
+        found = {"closed": 0, "died": 0, "gone": 0}
+        for number in range(support.rounds(4, 300)):
+            kernel, client = self.start()
+            client.execute("print('all')\nprint('of it')")
+            client.send("control", "shutdown_request", {"restart": bool(number % 2)})
+            self.kill_after(kernel, chance.uniform(0.0, 0.05))
+            there = crashlog.sessions()
+            state = there[0].state() if there else "gone"
+            found[state] += 1
+            if state == "died" or state == "closed" and there[0].is_restarted:
+                (cell,) = there[0].cells()
+                text = "".join(output["content"]["text"] for output in cell.outputs)
+                self.assertEqual((text, cell.is_ended, there[0].killer), ("all\nof it\n", True, None))
+                self.assertEqual((there[0].damaged, there[0].lost), (0, 0))
+                there[0].drop()
+            for path in glob.glob(os.path.join(self.state, "sessions", "*")):
+                os.unlink(path)
+            client.close()
+        if support.IS_SOAK:
+            self.assertGreater(min(found["died"], found["closed"] + found["gone"]), 10, found)
+
+    def test_while_it_starts(self):
+        """What is left is dead or nothing, and the next kernel starts as ever, with the same connection file too."""
+        chance = random.Random(4)
+        kernel = None
+        for number in range(support.rounds(5, 300)):
+            kernel = support.Kernel(self, successor_of=kernel) if kernel and number % 2 else \
+                support.Kernel(self, home=self.home)
+            self.kill_after(kernel, chance.uniform(0.0, 0.4))
+            for session in crashlog.sessions() if os.path.isdir(self.state) else ():
+                self.assertEqual((session.state(), session.killer, session.damaged), ("died", None, 0))
+        again = support.Kernel(self, successor_of=kernel)
+        again.wait_file()
+        client = again.client(self)
+        client.execute("'here'")
+        self.assertEqual(self.session().state(), "alive")
+        client.request("control", "shutdown_request")
+        again.wait()
 
 
 if __name__ == "__main__":
