@@ -497,7 +497,10 @@ class SessionLog:
                     head = b'{"n":%d,"k":"%b","t":%.3f%b' % (n, kind, time.time(), members)
                 line = seal(head, content) if content else seal(head)
                 file = self._log if cell is None else self._file_for(cell, n, seq or 0, line)
+                assert file is not None
                 self._append(file, line, n, seq)
+                if file is self._bulk and file.size > self.limits.backlog:
+                    self._turn(file)
                 if kind == b"begin":
                     self._begins.append(_Span(n, 0, 0, file, file.size - len(line), file.size))
                 elif kind == b"open":
@@ -510,11 +513,11 @@ class SessionLog:
     def _put(self, kind: bytes, members: bytes) -> bool:
         """Append a record of our own making to S.log, under the lock; OSError."""
         self._n = n = self._n + 1
+        assert self._log is not None
         self._append(self._log, seal(b'{"n":%d,"k":"%b","t":%.3f%b' % (n, kind, time.time(), members)), n)
         return True
 
-    def _append(self, file: _File | None, line: bytes, n: int, seq: int | None = None) -> None:
-        assert file is not None
+    def _append(self, file: _File, line: bytes, n: int, seq: int | None = None) -> None:
         start = file.size
         file.append(line)
         spans = self._spans
@@ -621,8 +624,6 @@ class SessionLog:
             cell.tail_bytes += len(line)
             while cell.tail_bytes > self.limits.per_cell >> 1:
                 cell.tail_bytes -= len(cell.tail.pop(0)[2])
-        if self._bulk is not None and self._bulk.size and self._bulk.size + len(line) > self.limits.backlog:
-            self._turn(self._bulk)
         if self._bulk is None:
             self._bulk = _File(os.path.join(self.folder, self.id + ".bulk"))
         bulk = self._bulk
@@ -633,14 +634,15 @@ class SessionLog:
 
     def _turn(self, bulk: _File) -> None:
         """S.bulk is full: it becomes S.bulk.1, and the one that was S.bulk.1 is gone."""
-        base = os.path.join(self.folder, self.id)
-        os.rename(base + ".bulk", base + ".bulk.1")
-        gone, self._old_bulk, self._bulk = self._old_bulk, bulk, None
-        bulk.path = base + ".bulk.1"
-        if gone is not None:
-            self._gone(gone)
+        base, gone = os.path.join(self.folder, self.id), self._old_bulk
+        if gone is not None and gone.records:       # said before it is so: we may be killed in between
             self._put(b"cut", b',"first":%d,"last":%d,"records":%d,"bytes":%d' % (
                 gone.first_n, gone.last_n, gone.records, gone.size))
+            gone.records = 0
+        os.rename(base + ".bulk", base + ".bulk.1")
+        bulk.path, self._old_bulk, self._bulk = base + ".bulk.1", bulk, None
+        if gone is not None:
+            self._gone(gone)
 
     def _gone(self, file: _File) -> None:
         """This file is no longer kept: so says the index from now on, in one entry for neighbours."""
