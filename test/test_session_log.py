@@ -302,7 +302,7 @@ class Deaths(Logged):
         chance = random.Random(1)
         for _ in range(support.rounds(5, 1000)):
             kernel, client = self.start()
-            ids = [client.send_execute(f"print('said', {number})") for number in range(400)]
+            ids = [client.send_execute(f"print('said {number}')") for number in range(400)]
             timer = threading.Timer(chance.uniform(0.002, 0.12), kernel.popen.kill)
             client.wait_text(ids[0], "said 0")
             timer.start()
