@@ -340,17 +340,23 @@ def _past_message(kernel: dict, msg_type: str, content: dict, parent: dict, reco
 
 
 def _mark_gap(messages: list[Message], kernel: dict, first: int | None, last: int | None) -> None:
-    """Something is missing: most likely where the numbers jump farthest."""
-    widest, place, before = 0, 0, None if first is None else first - 1
-    for index in range(len(messages) + 1):
-        number = _number(messages[index]) if index < len(messages) else None if last is None else last + 1
-        if number is not None:
-            if before is not None and number - before - 1 > widest:
-                widest, place = number - before - 1, index
-            before = number
+    """Something is missing.  Of the last cells it is output older than the first there is; the inputs are whole.  Of
+    a range of numbers it is most likely where they jump farthest."""
+    count, place, reason = 0, 0, "it is no longer kept"
+    if first is None:
+        place = next((index for index, message in enumerate(messages) if message.msg_type != "execute_input"),
+                     len(messages))
+        reason = "too much to show it all"
+    else:
+        before = first - 1
+        for index in range(len(messages) + 1):
+            number = _number(messages[index]) if index < len(messages) else None if last is None else last + 1
+            if number is not None:
+                if number - before - 1 > count:
+                    count, place = number - before - 1, index
+                before = number
     neighbours = messages[place:place + 1] or messages[-1:]
-    reason = "too much to show it all" if first is None else "it is no longer kept"
-    messages.insert(place, gap_message(widest, reason, kernel, neighbours[0].parent_header if neighbours else {}))
+    messages.insert(place, gap_message(count, reason, kernel, neighbours[0].parent_header if neighbours else {}))
 
 
 def gap_message(count: int, reason: str, kernel: dict, parent: dict) -> Message:
