@@ -158,7 +158,8 @@ class Pending:
         while True:
             is_done, error = self.is_done, self.error       # before the inbox: all that belongs to it is there
             while self._inbox:
-                if deadline is not None and time.monotonic() > deadline:
+                # What is done waits for nobody: a wait(0) takes it all, and says so.
+                if not is_done and deadline is not None and time.monotonic() > deadline:
                     raise self._timeout_error(timeout)
                 self._handle(self._inbox[0], on_output, on_input)
             if is_done:
