@@ -575,6 +575,7 @@ class Terminal:
         if self.busy is not None:
             _, who, count, _ = self.busy
             self.painter.say(self.painter.dim("queued (1 before: %s In [%s])" % (who, count)))
+            self._write(self.painter.take())        # now: the next news may be that the other's is done
         self.painter.begin_cell()
         try:
             self.cell = cell = Cell(self.client.submit("execute_request", {
