@@ -25,7 +25,7 @@ with twoproc.launch() as process, twoproc.connect(process) as kernel:
         print("squares:", *[text.strip() for text in pool.map(square, range(20))])
 
     has_begun = threading.Event()
-    cell = kernel.execute_nowait("import os, time; print('sleeping'); time.sleep(1)", on_message=lambda message:
+    cell = kernel.execute_nowait("import os, time; print('sleeping'); time.sleep(2)", on_message=lambda message:
                                  message.msg_type == "stream" and has_begun.set())
     has_begun.wait(30)
     matches = kernel.complete("os.getcw").content["matches"]

@@ -72,6 +72,12 @@ def rounds(suite, soak):
     return soak if IS_SOAK else suite
 
 
+def at_most(seconds):
+    """How long something may take that is promised within `seconds`: so long in the campaigns of soak/, which have
+    a machine to themselves; five times that in the suite, whose machine may be slow, and busy with other things."""
+    return rounds(5 * seconds, seconds)
+
+
 # -- folders and processes
 
 class Home:

@@ -387,7 +387,7 @@ class FullReaderTests(ChannelsCase):
         self.addCleanup(client.close)
         self.fill()
         client.send("control", "kernel_info_request")
-        self.assertTrue(heard.wait(5))
+        self.assertTrue(heard.wait(DEADLINE))
 
     def test_stopping_ends_although_a_reader_is_full(self):
         self.stuck()
@@ -399,7 +399,7 @@ class FullReaderTests(ChannelsCase):
 
 
 class GivenUpReaderTests(ChannelsCase):
-    limits = Limits(iopub_queue=20, slow_reader_seconds=0.3, stream_chunk=1000)
+    limits = Limits(iopub_queue=20, slow_reader_seconds=1, stream_chunk=1000)
     idle = b'{"execution_state":"idle"}'
 
     def flood(self, count=400):
@@ -420,7 +420,7 @@ class GivenUpReaderTests(ChannelsCase):
         while (message := reader.take("iopub")).msg_type != "status":
             numbers.append(message.content["number"])
         self.assertEqual(numbers, list(range(400)))
-        self.assertLess(time.monotonic() - began, 0.3 + 5)
+        self.assertLess(time.monotonic() - began, 1 + 5)
 
     def test_a_reader_that_goes_on_gets_the_idle_that_it_had_lost(self):
         stuck, reader = self.stuck(), self.client()
@@ -460,7 +460,8 @@ class SlowReaderProcessTests(unittest.TestCase):
 
     def setUp(self):
         self.kernel = support.start_kernel(self, "--set", "limits.slow_reader_seconds=1", *self.arguments)
-        self.client = self.kernel.client(self)
+        # Never slow itself: ZeroMQ's own thread reads for it, however busy the machine is with Python.
+        self.client = self.kernel.client(self, options=[(zmq.RCVHWM, 0)])
         self.code = f"for i in range({self.LINES}): print('x' * {len(self.LINE)})"
 
     def subscribe(self, options=()):
@@ -503,8 +504,8 @@ class SlowReaderProcessTests(unittest.TestCase):
         asker.join(DEADLINE)
         took_control = sorted(seen.get(timeout=1) for _ in range(11))
         self.assertEqual(size, self.LINES * (len(self.LINE) + 1))
-        self.assertLess(took, 1 + 10)
-        self.assertLess(took_control[5], 0.2, took_control)     # the median: this machine may be busy elsewhere
+        self.assertLess(took, 1 + support.at_most(5))
+        self.assertLess(took_control[5], support.at_most(0.1), took_control)        # the median
         # 32 MB for the reader's queue, 16 MB for the outbox, and what Python keeps of both.
         self.assertLess(self.kernel.memory("VmHWM") - before, 120 << 20)
         self.printed(stopped, msg_id)

@@ -33,7 +33,7 @@ class ClientCase(support.KernelCase):
 
     def setUp(self):
         super().setUp()
-        self.ours = connect(self.kernel.connection_file)
+        self.ours = connect(self.kernel.connection_file, support.DEADLINE)
         self.addCleanup(self.ours.close)
 
 
@@ -61,8 +61,8 @@ class Requests(ClientCase):
         self.ours.execute("import os")
         matches = self.ours.complete("os.pat", timeout=20).content["matches"]
         self.assertIn("path", [match.rpartition(".")[2] for match in matches])
-        self.assertTrue(self.ours.inspect("os.path").content["found"])
-        self.assertEqual(self.ours.is_complete("def f():").content["status"], "incomplete")
+        self.assertTrue(self.ours.inspect("os.path", timeout=20).content["found"])
+        self.assertEqual(self.ours.is_complete("def f():", timeout=20).content["status"], "incomplete")
         self.assertEqual(self.ours.history("tail", n=1).content["history"][-1][-1], "import os")
         self.assertIn("comms", self.ours.comm_info().content)
         self.assertEqual(self.ours.connect_info().content["status"], "ok")
@@ -88,11 +88,15 @@ class Requests(ClientCase):
         self.assertEqual(results, {(n, t): f"{n * 100 + t}\n" for n in range(10) for t in range(10)})
 
     def test_a_timeout_comes_on_time_without_cpu_and_the_late_reply_is_dropped(self):
+        path = os.path.join(self.kernel.home.path, "too-late")
         start, cpu = time.monotonic(), time.process_time()
         with self.assertRaises(TimeoutError):
-            self.ours.execute("import time; time.sleep(1.2); print('late')", timeout=0.8)
-        self.assertLess(abs(time.monotonic() - start - 0.8), 0.3)
-        self.assertLess(time.process_time() - cpu, 0.1)
+            self.ours.execute(f"import os, time\nwhile not os.path.exists({path!r}): time.sleep(0.01)\nprint('late')",
+                              timeout=0.8)
+        self.assertTrue(0.8 <= time.monotonic() - start < 0.8 + support.at_most(0.3), time.monotonic() - start)
+        self.assertLess(time.process_time() - cpu, 0.3)
+        with open(path, "w"):
+            pass
         seen = []
         reply = self.ours.execute("print('next')", on_output=seen.append, timeout=support.DEADLINE)
         self.assertEqual((reply.content["status"], text_of(seen)), ("ok", "next\n"))
@@ -102,22 +106,29 @@ class Requests(ClientCase):
         with self.assertRaises(TimeoutError):
             self.ours.execute("import time\nwhile True: print('x' * 100); time.sleep(0.001)", timeout=0.5,
                               on_output=lambda message: None)
-        self.assertLess(time.monotonic() - start, 2)
+        self.assertLess(time.monotonic() - start, 0.5 + support.at_most(1))
         self.ours.interrupt()
 
     def test_the_same_request_is_waited_for_again_and_nothing_is_lost(self):
+        path = os.path.join(self.kernel.home.path, "wait")
         pending = self.ours.execute_nowait(
-            "import time\nfor i in range(5): print(i, flush=True); time.sleep(0.1)")
-        seen, waits = [], 0
-        while not pending.is_done:
-            waits += 1
-            try:
-                pending.wait(0.12, on_output=seen.append)
-            except TimeoutError:
+            f"import os, time\nfor i in range(5):\n    print(i, flush=True)\n"
+            f"    while not os.path.exists({path!r} + str(i)): time.sleep(0.01)")
+        seen = []
+        for number in range(5):
+            with self.assertRaises(TimeoutError):
+                pending.wait(0.05, on_output=seen.append)
+            with open(path + str(number), "w"):
                 pass
-        pending.wait(0, on_output=seen.append)
-        self.assertGreater(waits, 1)
+        pending.wait(support.DEADLINE, on_output=seen.append)
         self.assertEqual(text_of(seen), "0\n1\n2\n3\n4\n")
+
+    def test_a_wait_of_no_length_takes_all_output_of_what_is_done(self):
+        pending = self.ours.execute_nowait("for i in range(3): print(i, flush=True)")
+        support.wait_until(lambda: pending.is_done)
+        seen = []
+        self.assertEqual(pending.wait(0, on_output=seen.append).content["status"], "ok")
+        self.assertEqual(text_of(seen), "0\n1\n2\n")
 
     def test_an_exception_of_on_output_reaches_the_caller_and_the_next_wait_goes_on(self):
         pending = self.ours.execute_nowait("print('a', flush=True)\nprint('b')")
@@ -138,7 +149,7 @@ class Requests(ClientCase):
         support.wait_until(lambda: pending.is_done)
         self.assertGreater(pending.discard_output(), 3)
         seen = []
-        self.assertEqual(pending.wait(1, on_output=seen.append).content["status"], "ok")
+        self.assertEqual(pending.wait(0, on_output=seen.append).content["status"], "ok")
         self.assertEqual(seen, [])
 
     def test_on_message_has_reply_and_output_without_anybody_waiting(self):
@@ -174,10 +185,12 @@ class Requests(ClientCase):
         self.assertFalse(self.ours.is_alive)
 
     def test_closing_ends_the_wait_of_others(self):
-        pending = self.ours.execute_nowait("import time; time.sleep(1)")
+        pending = self.ours.execute_nowait("import time; time.sleep(60)")
+        self.client.take("iopub", lambda message: message.msg_type == "execute_input")
         threading.Timer(0.1, self.ours.close).start()
         with self.assertRaises(ConnectionAbortedError):
             pending.wait(support.DEADLINE)
+        self.client.request("control", "interrupt_request")
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
     def test_a_forked_child_is_told_to_connect_again(self):
@@ -223,7 +236,7 @@ class Control(ClientCase):
         start = time.monotonic()
         self.assertEqual(self.ours.interrupt().content["status"], "ok")
         self.assertEqual(pending.wait(support.DEADLINE).content["ename"], "KeyboardInterrupt")
-        self.assertLess(time.monotonic() - start, 1)
+        self.assertLess(time.monotonic() - start, support.at_most(1))
 
     def test_another_client_may_interrupt(self):
         pending = self.sleeping()
@@ -236,8 +249,8 @@ class Control(ClientCase):
         pending = self.sleeping()
         old = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.addCleanup(signal.signal, signal.SIGINT, old)
-        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         with self.assertRaises(KeyboardInterrupt):
+            threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
             pending.wait(support.DEADLINE)
         self.ours.interrupt()
         self.assertEqual(pending.wait(support.DEADLINE).content["ename"], "KeyboardInterrupt")
@@ -339,7 +352,7 @@ class Death(unittest.TestCase):
 
     def start(self):
         kernel = support.start_kernel(self)
-        ours = connect(kernel.connection_file)
+        ours = connect(kernel.connection_file, support.DEADLINE)
         self.addCleanup(ours.close)
         return kernel, ours
 
@@ -361,7 +374,7 @@ class Death(unittest.TestCase):
         for thread in threads:
             thread.join(support.DEADLINE)
         self.assertEqual(len(heard), 10)
-        self.assertLess(max(when for when, _ in heard) - start, 1)
+        self.assertLess(max(when for when, _ in heard) - start, support.at_most(1))
         self.assertEqual(heard[0][1], f"process {kernel.pid} ended")
         self.assertFalse(ours.is_alive)
         with self.assertRaises(KernelDied):
@@ -375,12 +388,12 @@ class Death(unittest.TestCase):
         start = time.monotonic()
         kernel.signal(signal.SIGKILL)
         self.assertTrue(died.wait(support.DEADLINE))
-        self.assertLess(time.monotonic() - start, 1)
+        self.assertLess(time.monotonic() - start, support.at_most(1))
         info.pop("twoproc_pid", None)
         again = support.Kernel(self, connection=info, home=kernel.home)
         self.assertTrue(alive.wait(support.DEADLINE), again.log())
         seen = []
-        ours.wait_ready()
+        ours.wait_ready(support.DEADLINE)
         ours.execute("print('back')", on_output=seen.append)
         self.assertEqual(text_of(seen), "back\n")
         self.assertEqual(events, ["died", "alive"])
@@ -413,7 +426,7 @@ class NotReadyCauses(unittest.TestCase):
         start = time.monotonic()
         with self.assertRaises(NotReady) as caught:
             connect(target, timeout).close()
-        self.assertLess(time.monotonic() - start, 5.5)
+        self.assertLess(time.monotonic() - start, 5 + support.at_most(0.5))
         self.assertEqual(caught.exception.reason, reason, caught.exception)
         self.assertRegex(str(caught.exception), text)
 
@@ -427,14 +440,14 @@ class NotReadyCauses(unittest.TestCase):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             info = fake.info._replace(stdin_port=free.getsockname()[1])
-        self.assert_cause(info, "refused", "nothing listens for stdin", timeout=1)
+        self.assert_cause(info, "refused", "nothing listens for stdin", timeout=2)
 
     def test_iopub_leads_nowhere(self):
         fake = FakeKernel(self)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             info = fake.info._replace(iopub_port=free.getsockname()[1])
-        self.assert_cause(info, "output", "no output arrived from iopub at tcp://127.0.0.1:", timeout=1)
+        self.assert_cause(info, "output", "no output arrived from iopub at tcp://127.0.0.1:", timeout=2)
 
     def test_the_key_is_wrong(self):
         kernel = support.start_kernel(self)
@@ -443,7 +456,7 @@ class NotReadyCauses(unittest.TestCase):
 
     def test_the_kernel_is_busy(self):
         fake = FakeKernel(self, is_busy=True)
-        self.assert_cause(fake.info, "busy", "busy: it answers on control, but not on shell", timeout=1)
+        self.assert_cause(fake.info, "busy", "busy: it answers on control, but not on shell", timeout=2)
 
     def test_the_kernel_is_stopped(self):
         kernel = support.start_kernel(self)
@@ -454,14 +467,14 @@ class NotReadyCauses(unittest.TestCase):
         public, secret = zmq.curve_keypair()
         fake = FakeKernel(self, curve=(public, secret))
         info = fake.info._replace(curve_publickey=None, curve_secretkey=None)
-        self.assert_cause(info, "encryption", "encrypted", timeout=1)
+        self.assert_cause(info, "encryption", "encrypted", timeout=2)
 
     def test_the_file_has_another_curve_key(self):
         public, secret = zmq.curve_keypair()
         fake = FakeKernel(self, curve=(public, secret))
         other, other_secret = zmq.curve_keypair()
         info = fake.info._replace(curve_publickey=other, curve_secretkey=other_secret)
-        self.assert_cause(info, "key", "encrypted with another key", timeout=1)
+        self.assert_cause(info, "key", "encrypted with another key", timeout=2)
 
     def test_something_else_listens(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -629,7 +642,8 @@ class OddKernels(unittest.TestCase):
         with connect(fake.info) as ours:
             seen = []
             for _ in range(3):
-                self.assertEqual(ours.execute("", on_output=seen.append, timeout=5).content["status"], "ok")
+                self.assertEqual(ours.execute("", on_output=seen.append, timeout=support.DEADLINE).content["status"],
+                                 "ok")
             self.assertEqual(len([m for m in seen if m.content.get("text") == "hello\n"]), 3)
             self.assertGreaterEqual(ours.dropped_messages, 3 * 2 * 8)
 
@@ -650,7 +664,7 @@ class OddKernels(unittest.TestCase):
             start = time.monotonic()
             with self.assertRaisesRegex(KernelDied, "nothing listens at tcp://127.0.0.1"):
                 ours.execute("", timeout=support.DEADLINE)
-            self.assertLess(time.monotonic() - start, 1)
+            self.assertLess(time.monotonic() - start, support.at_most(1))
 
     def test_the_last_words_of_a_kernel_come_before_the_news_of_its_death(self):
         def speak_and_die(fake, channel, message):

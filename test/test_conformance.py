@@ -286,7 +286,7 @@ class OtherKernels(InstalledCase):
             self.assertEqual(reply.content["status"], "ok")
             self.assertEqual("".join(text), output)
             self.assertEqual(kernel.execute(failing, timeout=TIMEOUT).content["status"], "error")
-            self.assertTrue(kernel.kernel_info().content["language_info"]["name"])
+            self.assertTrue(kernel.kernel_info(timeout=TIMEOUT).content["language_info"]["name"])
             status = kernel.execute(long, timeout=TIMEOUT, on_output=note).content["status"]
             self.assertIn(status, ("error", "abort", "aborted"))
             self.assertEqual(kernel.execute(cell, timeout=TIMEOUT).content["status"], "ok")

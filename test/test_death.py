@@ -63,7 +63,7 @@ class TheNews(DeathCase):
         begin = time.monotonic()
         terminal.send(SEGFAULT)
         terminal.wait(QUESTION)
-        self.assertLess(time.monotonic() - begin, 3)        # on an idle machine a third of a second
+        self.assertLess(time.monotonic() - begin, support.at_most(1))       # on an idle machine a third of that
         text = self.text(terminal)
         self.assertRegex(text, r"The kernel died in In \[2\]: SIGSEGV at line 3 of the cell, in solve  "
                                r"\(\d\d:\d\d:\d\d, pid \d+\)")
@@ -76,7 +76,7 @@ class TheNews(DeathCase):
         os.kill(vt.kernel_pids(self.home)[0], signal.SIGKILL)
         begin = time.monotonic()
         terminal.wait("SIGKILL")
-        self.assertLess(time.monotonic() - begin, 3)
+        self.assertLess(time.monotonic() - begin, support.at_most(1))
         terminal.wait(QUESTION)
         self.assertIn("after In [1]", self.text(terminal))
         self.assertIn("kill -9 or out of memory", self.text(terminal))

@@ -236,7 +236,7 @@ class Ends(PlainCase):
                     return file.read().rpartition(")")[2].split()[0] == "Z"     # an orphan that nobody waits for
             except FileNotFoundError:
                 return True
-        support.wait_until(is_gone, 3, "the kernel's end")
+        support.wait_until(is_gone, support.at_most(3), "the kernel's end")
 
 
 class OtherKernels(PlainCase):

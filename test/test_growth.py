@@ -34,7 +34,7 @@ class Growth(support.KernelCase):
         threads, descriptors, memory = self.kernel.threads(), self.kernel.descriptors(), self.kernel.memory()
         count = support.rounds(1000, 10_000)
         seconds = [self.run_cell(number) for number in range(count)]
-        support.wait_until(lambda: self.kernel.descriptors() <= descriptors, 10, "descriptors to be closed")
+        support.wait_until(lambda: self.kernel.descriptors() <= descriptors, what="descriptors to be closed")
         self.assertEqual(self.kernel.threads(), threads)
         grown = self.kernel.memory() - memory
         # In, Out and the history of IPython itself: about a kilobyte a cell.
@@ -68,7 +68,7 @@ class Growth(support.KernelCase):
             before = self.switches()
             self.client.is_silent("iopub", 2)
             return self.switches() == before
-        support.wait_until(is_still, 20, "an idle kernel to be still")
+        support.wait_until(is_still, 60, "an idle kernel to be still")
 
     def switches(self):
         """How often any thread of the kernel was woken, so far."""

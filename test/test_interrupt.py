@@ -3,12 +3,13 @@
 
 Each cell of CELLS would run for a minute or for ever. It is interrupted while it does, by an
 interrupt_request and by SIGINT to the process group (what a terminal sends), and must have ended within a
-second, as KeyboardInterrupt; the next cell then runs as if nothing had been.
+second (of several rounds: half of them), as KeyboardInterrupt; the next cell then runs as if nothing had been.
 """
 import importlib
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from unittest import mock
 from . import support
 
 SECONDS = 1.0       # from the interrupt to the reply
+AT_MOST = support.at_most(SECONDS)
 
 # What is to be interrupted; each prints "now" when it is about to wait, or runs where it cannot.
 CELLS = {
@@ -75,7 +77,8 @@ class InterruptCase(support.KernelCase):
         started = time.monotonic()
         interrupt()
         reply = client.reply(msg_id)
-        self.assertLess(time.monotonic() - started, SECONDS)
+        seconds = time.monotonic() - started
+        self.assertLess(seconds, AT_MOST)
         if name not in RETURNS_NORMALLY:
             self.assertEqual(reply.content["status"], "error")
             # CancelledError: asyncio's Runner sets its count of interrupts to 0 a moment after it could have counted.
@@ -83,6 +86,7 @@ class InterruptCase(support.KernelCase):
             self.assertIn(reply.content["ename"], expected)
         client.output(msg_id)
         self.check_next_cell(reply.content["execution_count"])
+        return seconds
 
     def sleeps(self):
         """The `sleep` programs that run in the kernel's process group and below. One of the cell before may still
@@ -102,12 +106,14 @@ class InterruptCase(support.KernelCase):
 
 class EveryKindOfCode(InterruptCase):
     def interrupted_each(self, interrupt):
+        took = []
         for round_number in range(support.rounds(2, 200)):
             for name in CELLS:
                 try:        # no subTest: what comes after a cell that was not interrupted means nothing
-                    self.interrupt_round(name, interrupt)
+                    took.append(self.interrupt_round(name, interrupt))
                 except AssertionError as error:
                     raise AssertionError(f"{name}, round {round_number}: {error}") from error
+        self.assertLess(statistics.median(took), SECONDS)
 
     def test_ends_by_an_interrupt_request(self):
         self.interrupted_each(self.by_message)
@@ -122,7 +128,7 @@ class EveryKindOfCode(InterruptCase):
             started = time.monotonic()
             interrupt()
             result = self.client.result(msg_id)
-            self.assertLess(time.monotonic() - started, SECONDS)
+            self.assertLess(time.monotonic() - started, AT_MOST)
             self.assertEqual(result.reply.content["ename"], "KeyboardInterrupt")
             self.client.answer(late, "too late")
             self.assertEqual(self.client.execute("input('? ')", answers=["right"]).value, "'right'")
@@ -172,15 +178,18 @@ class WhatElseAnInterruptDoes(InterruptCase):
 
     def test_one_that_comes_before_the_code_has_begun_is_not_lost(self):
         """Everybody is told that the cell runs a moment before it does, and may answer at once."""
+        took = []
         for interrupt in [self.by_message, self.by_signal] * support.rounds(30, 1000):
             msg_id = self.client.send_execute("import time; time.sleep(60)")
             running = self.client.wait_running(msg_id)
             started = time.monotonic()
             interrupt()
             result = self.client.result(msg_id)
-            self.assertLess(time.monotonic() - started, SECONDS)
+            took.append(time.monotonic() - started)
+            self.assertLess(took[-1], AT_MOST)
             self.assertEqual(result.reply.content["ename"], "KeyboardInterrupt")
             self.assertEqual(result.reply.content["execution_count"], running.content["execution_count"])
+        self.assertLess(statistics.median(took), SECONDS)
 
     def test_one_that_a_finalizer_swallows_ends_the_cell_all_the_same(self):
         """Python ignores what is raised there; and the garbage collector calls finalizers anywhere."""
@@ -197,7 +206,7 @@ while True: pass""")
             started = time.monotonic()
             interrupt()
             self.assertEqual(self.client.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
-            self.assertLess(time.monotonic() - started, SECONDS)
+            self.assertLess(time.monotonic() - started, AT_MOST)
 
     def test_another_client_may_interrupt(self):
         other = self.kernel.client(self)
@@ -327,8 +336,8 @@ class Ending(unittest.TestCase):
     def check_ended(self, status, seconds=2.0):
         started = time.monotonic()
         self.assertIn(self.kernel.wait(), status)
-        self.assertLess(time.monotonic() - started, seconds)
-        self.assertTrue(os.path.exists(self.mark), "atexit functions did not run")
+        self.assertLess(time.monotonic() - started, support.at_most(seconds))
+        self.assertTrue(os.path.exists(self.mark), "atexit functions did not run\n" + self.kernel.log())
         self.assertFalse(os.path.exists(self.kernel.connection_file), "the connection file is still there")
         left = [name for name in os.listdir(self.kernel.home.run) if "kernel-" in name]
         self.assertEqual(left, [])
@@ -347,7 +356,8 @@ class Ending(unittest.TestCase):
             with self.subTest(name):
                 self.start()
                 self.run_cell(code)
-                reply = self.client.request("control", "shutdown_request", {"restart": False}, deadline=1)
+                reply = self.client.request("control", "shutdown_request", {"restart": False},
+                                            deadline=support.at_most(1))
                 self.assertEqual(reply.content, {"status": "ok", "restart": False})
                 self.check_ended((0,))
 

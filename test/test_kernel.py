@@ -32,11 +32,15 @@ class AsyncioTests(KernelCase):
 
     def test_a_task_goes_on_while_no_cell_runs(self):
         """It prints in an idle kernel, that nobody asks anything."""
+        path = os.path.join(self.kernel.home.path, "later")
         msg_id = self.client.send_execute(
-            "import asyncio\nasync def later():\n    await asyncio.sleep(0.3)\n    print('from the task')\n"
+            "import asyncio, os\nasync def later():\n"
+            f"    while not os.path.exists({path!r}): await asyncio.sleep(0.01)\n    print('from the task')\n"
             "task = asyncio.ensure_future(later())\nawait asyncio.sleep(0)")
         self.assertNotIn("task", self.client.result(msg_id).text())
-        self.client.wait_text(msg_id, "from the task", 5)
+        with open(path, "w"):
+            pass
+        self.client.wait_text(msg_id, "from the task")
 
     def test_a_server_answers_while_no_cell_runs(self):
         port = int(self.ok(
@@ -44,8 +48,7 @@ class AsyncioTests(KernelCase):
             "    await writer.drain(); writer.close()\n"
             "server = await asyncio.start_server(serve, '127.0.0.1', 0)\n"
             "server.sockets[0].getsockname()[1]").value)
-        with socket.create_connection(("127.0.0.1", port), 5) as connection:
-            connection.settimeout(5)
+        with socket.create_connection(("127.0.0.1", port), DEADLINE) as connection:
             connection.sendall(b"echo\n")
             self.assertEqual(connection.recv(100), b"echo\n")
         self.ok("server.close(); await server.wait_closed()")
@@ -57,7 +60,7 @@ class AsyncioTests(KernelCase):
         began = time.monotonic()
         self.client.request("control", "interrupt_request")
         self.assertEqual(self.client.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
-        self.assertLess(time.monotonic() - began, 3)
+        self.assertLess(time.monotonic() - began, support.at_most(3))
         self.assertEqual(self.ok("len(asyncio.all_tasks(asyncio.get_event_loop()))").value, "0")
 
     def test_context_variables_last_from_cell_to_cell(self):
@@ -77,7 +80,7 @@ class AsyncioTests(KernelCase):
         msg_id = self.client.send_execute("import asyncio, sys\n"
                                           "_ = asyncio.get_event_loop().call_later(0.05, sys.exit, 3)")
         self.client.reply(msg_id)
-        self.client.take("iopub", lambda message: message.msg_type == "error", 5)
+        self.client.take("iopub", lambda message: message.msg_type == "error")
         self.assert_serves()
 
     def test_an_interrupt_while_a_task_runs_between_cells_reaches_it_and_nothing_else(self):
@@ -86,7 +89,7 @@ class AsyncioTests(KernelCase):
             "_ = asyncio.get_event_loop().call_later(0.05, hog)")
         self.client.wait_text(msg_id, "hogging")
         self.client.request("control", "interrupt_request")
-        self.assert_serves(deadline=5)
+        self.assert_serves(deadline=support.at_most(3))
 
 
 class CommTests(KernelCase):
@@ -115,7 +118,7 @@ class CommTests(KernelCase):
             "future = asyncio.get_event_loop().create_future()\nprint('waiting')\nawait future")
         self.client.wait_text(msg_id, "waiting")
         comm_id = self.say("hello")
-        self.assertEqual(self.client.result(msg_id, deadline=5).value, "'hello'")
+        self.assertEqual(self.client.result(msg_id).value, "'hello'")
         states = [message.content["execution_state"] for message in self.client.output(comm_id)
                   if message.msg_type == "status"]
         self.assertEqual(states, ["busy", "idle"])
@@ -127,7 +130,7 @@ class CommTests(KernelCase):
             msg_id = self.client.send_execute(
                 "import time\nfuture = asyncio.get_event_loop().create_future()\ntime.sleep(0.01)\nawait future")
             self.say(number)
-            self.assertEqual(self.client.result(msg_id, deadline=5).value, str(number))
+            self.assertEqual(self.client.result(msg_id).value, str(number))
 
     def test_while_a_cell_computes_they_wait_their_turn(self):
         self.open_comm()
@@ -156,7 +159,8 @@ class CommTests(KernelCase):
 class BusyTests(KernelCase):
     """What is answered while a cell runs, and what everybody is told about it."""
 
-    kernel_arguments = ("--set", "kernel.completion_seconds=0.5")
+    LATE = 2        # seconds; on a busy machine half of one is not enough for what is answered at once
+    kernel_arguments = ("--set", f"kernel.completion_seconds={LATE}")
 
     def setUp(self):
         super().setUp()
@@ -192,7 +196,7 @@ class BusyTests(KernelCase):
             with self.subTest(msg_type=msg_type, channel=channel):
                 began = time.monotonic()
                 reply = self.client.request(channel, msg_type, content).content
-                self.assertLess(time.monotonic() - began, 1)
+                self.assertLess(time.monotonic() - began, support.at_most(1))
                 self.assertIn(reply["status"], ("ok", "complete"))
                 self.assertNotEqual(reply.get("matches"), [])
                 self.assertNotEqual(reply.get("found"), False)
@@ -221,10 +225,10 @@ class BusyTests(KernelCase):
         self.assertEqual(self.client.execute("1 + 1").value, "2")       # the cell does not wait for it
         reply = self.client.result(slow)
         self.assertEqual((reply.status, reply.reply.content["matches"]), ("ok", []))
-        self.assertLess(time.monotonic() - began, 0.5 + 2)
+        self.assertLess(time.monotonic() - began, self.LATE + support.at_most(2))
         self.assertEqual(self.client.execute("started").value, "[1]")
         wait_until(lambda: self.client.request("shell", "complete_request", {"code": "started.app", "cursor_pos": 11})
-                   .content["matches"] == ["append"], 10, "a completion while the slow one still runs")
+                   .content["matches"] == ["append"], what="a completion while the slow one still runs")
         self.client.execute("go.set()")
 
     def test_helper_threads_are_few_however_many_completions_are_stuck(self):
@@ -233,14 +237,14 @@ class BusyTests(KernelCase):
         before = self.kernel.threads()
         asked = [self.client.send("shell", "complete_request", {"code": "slow.a", "cursor_pos": 6}) for _ in range(12)]
         for msg_id in asked:
-            self.assertEqual(self.client.reply(msg_id, deadline=10).content["matches"], [])
+            self.assertEqual(self.client.reply(msg_id).content["matches"], [])
         self.assertLessEqual(self.kernel.threads(), before + 4)
         self.assertEqual(self.client.execute("go.set()").status, "ok")
 
         def completes():
             reply = self.client.request("shell", "complete_request", {"code": "threading.Eve", "cursor_pos": 13})
             return reply.content["matches"]
-        wait_until(completes, 10, "a completion after all that were stuck have come back")
+        wait_until(completes, what="a completion after all that were stuck have come back")
 
     def test_a_reply_that_is_no_json_is_an_error_of_its_request(self):
         result = self.client.execute("get_ipython().payload_manager.write_payload({'source': 'x', 'data': object()})")
@@ -275,8 +279,8 @@ class BusyTests(KernelCase):
                 shell.reply(cell)
                 is_over.set()
                 thread.join(DEADLINE)
-                self.assertLess(sorted(took)[10], 0.2, took)        # the median: this machine may be busy elsewhere
-                self.assertLess(max(took), 3)
+                self.assertLess(sorted(took)[10], support.at_most(0.1), took)       # the median
+                self.assertLess(max(took), support.at_most(1))
 
 
 class InputTests(KernelCase):
@@ -338,7 +342,7 @@ class InputTests(KernelCase):
         began = time.monotonic()
         self.other.request("control", "interrupt_request")      # anybody may
         self.assertEqual(self.client.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
-        self.assertLess(time.monotonic() - began, 3)
+        self.assertLess(time.monotonic() - began, support.at_most(3))
         self.client.answer(question, "too late")
         msg_id, question = self.ask()
         self.client.answer(question, "the next")
@@ -367,7 +371,7 @@ class InputTests(KernelCase):
 
     def test_text_printed_before_is_there_when_the_question_is(self):
         msg_id, question = self.ask("print('before', end='')\ninput()")
-        self.client.wait_text(msg_id, "before", 1)
+        self.client.wait_text(msg_id, "before", support.at_most(1))
         self.client.answer(question, "")
         self.client.result(msg_id)
 
@@ -380,9 +384,7 @@ class EndTests(unittest.TestCase):
         return kernel, kernel.client(self)
 
     def assert_ends(self, kernel, status, seconds=5.0, keeps_file=False):
-        began = time.monotonic()
-        self.assertEqual(kernel.wait(), status, kernel.log())
-        self.assertLess(time.monotonic() - began, seconds)
+        self.assertEqual(kernel.wait(support.at_most(seconds)), status, kernel.log())
         left = [name for name in os.listdir(kernel.home.run) if not name.endswith(".log")]
         name = os.path.basename(kernel.connection_file)
         self.assertEqual(sorted(found for found in left if os.path.isfile(os.path.join(kernel.home.run, found))),
@@ -432,7 +434,7 @@ class EndTests(unittest.TestCase):
     def test_sigterm_as_soon_as_the_connection_file_is_there_ends_it_too(self):
         kernel = support.start_kernel(self)
         os.kill(kernel.pid, signal.SIGTERM)
-        self.assert_ends(kernel, 143, 10)
+        self.assert_ends(kernel, 143)
 
     def test_sigint_does_not_end_an_idle_kernel(self):
         kernel, client = self.start()
@@ -457,7 +459,7 @@ class EndTests(unittest.TestCase):
         client.wait_text(msg_id, "in")
         os.kill(kernel.pid, signal.SIGTERM)
         client.take("iopub", lambda message: message.parent_id == msg_id
-                    and message.content.get("execution_state") == "idle", 5)
+                    and message.content.get("execution_state") == "idle")
         self.assert_ends(kernel, 143)
         self.assertEqual(self.read(path), "x")
 
@@ -512,8 +514,8 @@ class EndTests(unittest.TestCase):
         self.assert_ends(kernel, 0)
 
     def test_without_any_client_for_long_enough_it_ends_when_told_to(self):
-        kernel, client = self.start("--orphan-timeout", "0.5")
-        self.assertTrue(client.is_silent("control", 0.8))
+        kernel, client = self.start("--orphan-timeout", "2")       # so long at least has the client to attach
+        self.assertTrue(client.is_silent("control", 2.3))
         self.assertTrue(kernel.is_alive)
         client.close()
         self.assert_ends(kernel, 0)

@@ -124,7 +124,7 @@ class Starting(LauncherCase):
                 pid, path = done.stdout.split()
                 pid = int(pid)
                 if keep:
-                    with connect(path) as client:
+                    with connect(path, support.DEADLINE) as client:
                         self.assertEqual(self.value(client, "1"), "1")
                         client.shutdown()
                 support.wait_until(lambda pid=pid: not is_running(pid), what=f"the end of process {pid}")
@@ -149,7 +149,7 @@ class Ending(LauncherCase):
     def test_a_shutdown_leaves_nothing_behind(self):
         process = self.launch()
         threads = threading.active_count()
-        self.assertEqual(process.shutdown(), "shut down")
+        self.assertEqual(process.shutdown(support.DEADLINE), "shut down")
         self.assertEqual((process.returncode, process.is_alive, process.wait(0)), (0, False, 0))
         self.assertEqual(self.files(), [])
         support.wait_until(lambda: threading.active_count() < threads, what="the end of our thread")
@@ -175,8 +175,8 @@ class Ending(LauncherCase):
         self.assertTrue(begun.wait(support.DEADLINE))
         self.addCleanup(os.kill, pids[1], signal.SIGKILL)
         start = time.monotonic()
-        self.assertEqual(process.shutdown(), "shut down")
-        self.assertLess(time.monotonic() - start, 5)
+        self.assertEqual(process.shutdown(support.DEADLINE), "shut down")
+        self.assertLess(time.monotonic() - start, support.at_most(3))
         support.wait_until(lambda: not is_running(pids[0]), what="the end of the child")
         self.assertTrue(is_running(pids[1]))
 
@@ -255,7 +255,7 @@ class Ending(LauncherCase):
         pending = client.execute_nowait("import time\nprint(1, flush=True)\ntime.sleep(60)")
         support.wait_until(lambda: pending._inbox and pending._inbox[-1][1].msg_type == "stream")
         client.interrupt()
-        self.assertEqual(pending.wait(5).content["ename"], "KeyboardInterrupt")
+        self.assertEqual(pending.wait(support.DEADLINE).content["ename"], "KeyboardInterrupt")
 
 
 class Restarting(LauncherCase):
@@ -266,7 +266,7 @@ class Restarting(LauncherCase):
                 process = self.launch(transport=transport)
                 client = self.connect(process)
                 before, old = connection.read_connection_file(process.connection_file), process.pid
-                with connect(process.connection_file) as other:
+                with connect(process.connection_file, support.DEADLINE) as other:
                     events = []
                     other.watch(events.append)
                     client.execute("x = 1")
@@ -277,7 +277,7 @@ class Restarting(LauncherCase):
                     client.wait_ready()
                     self.assertEqual(client.execute("x", timeout=support.DEADLINE).content["ename"], "NameError")
                     support.wait_until(lambda events=events: events == ["died", "alive"], what=events)
-                    other.wait_ready()
+                    other.wait_ready(support.DEADLINE)
                     self.assertEqual(self.value(other, "2"), "2")
 
     def test_requests_under_way_hear_that_it_was_restarted(self):
@@ -328,7 +328,7 @@ class OtherKernels(LauncherCase):
         client.wait_ready()
         self.assertEqual(self.value(client, "40 + 2"), "42")
         self.assertEqual(connection.read_connection_file(process.connection_file), ports)
-        with connect(process.connection_file) as other, self.assertRaises(KernelDied):
+        with connect(process.connection_file, support.DEADLINE) as other, self.assertRaises(KernelDied):
             other.execute("import os; os._exit(5)", timeout=support.DEADLINE)
         process.wait(support.DEADLINE)
         self.assertEqual(process.cause(), "exit status 5")
@@ -351,9 +351,11 @@ class OtherKernels(LauncherCase):
         seen = []
         client.execute("echo $((6*7))", on_output=seen.append, timeout=support.DEADLINE)
         self.assertEqual("".join(m.content["text"] for m in seen if m.msg_type == "stream").strip(), "42")
-        with self.assertRaises(TimeoutError):
-            client.execute("sleep 60", timeout=0.5)
+        # Interrupted when the program runs: a Ctrl-C that comes before, bash forgets.
+        pending = client.execute_nowait("sh -c 'echo on; exec sleep 60'")
+        support.wait_until(lambda: pending._inbox and pending._inbox[-1][1].msg_type == "stream")
         client.interrupt()
+        self.assertNotEqual(pending.wait(support.DEADLINE).content["status"], "ok")
         seen.clear()
         client.execute("echo again", on_output=seen.append, timeout=support.DEADLINE)
         self.assertIn("again", "".join(m.content["text"] for m in seen if m.msg_type == "stream"))
@@ -436,7 +438,7 @@ class KernelSpecs(LauncherCase):
 
 def connect_later(case, process):
     """By the connection file, as another program would."""
-    client = connect(process.connection_file)
+    client = connect(process.connection_file, support.DEADLINE)
     case.addCleanup(client.close)
     return client
 

@@ -39,8 +39,8 @@ class ComingAndGoing(support.KernelCase):
         for number in range(count):
             self.visit(number)
         self.settle()
-        support.wait_until(lambda: self.kernel.descriptors() <= descriptors, 10,
-                           "the descriptors of those who left to be closed")
+        support.wait_until(lambda: self.kernel.descriptors() <= descriptors,
+                           what="the descriptors of those who left to be closed")
         self.assertEqual(self.kernel.threads(), threads)
         grown = self.kernel.memory() - memory
         if support.IS_SOAK:
@@ -115,15 +115,19 @@ class WhileBusy(support.KernelCase):
     def test_questions_are_answered_while_a_cell_runs(self):
         for channel, msg_type, content in self.REQUESTS:
             with self.subTest(msg_type, channel=channel):
-                result = self.client.result(self.client.send(channel, msg_type, content), channel, deadline=1)
+                result = self.client.result(self.client.send(channel, msg_type, content), channel, support.at_most(1))
                 self.assertIn(result.status, ("ok", "incomplete"))
         self.assertFalse(self.client.inbox["shell"], "the cell has not ended")
 
     def test_the_answers_are_those_of_an_idle_kernel(self):
-        is_complete = self.client.request("shell", "is_complete_request", {"code": "if 1:"}, deadline=1)
+        is_complete = self.client.request("shell", "is_complete_request", {"code": "if 1:"}, support.at_most(1))
         self.assertEqual(is_complete.content["status"], "incomplete")
-        complete = self.client.request("shell", "complete_request", {"code": "threading.enum", "cursor_pos": 14})
-        self.assertIn("enumerate", " ".join(complete.content["matches"]))
+
+        def matches():
+            complete = self.client.request("shell", "complete_request", {"code": "threading.enum", "cursor_pos": 14})
+            return " ".join(complete.content["matches"])
+        # The first one may be answered empty: it imports what it needs.
+        self.assertIn("enumerate", support.wait_until(matches, 60, "matches"))
 
     def test_they_are_answered_while_a_cell_computes_without_a_pause(self):
         self.client.request("control", "interrupt_request")
@@ -135,7 +139,7 @@ class WhileBusy(support.KernelCase):
     def test_a_second_client_attaches_within_a_second(self):
         started = time.monotonic()
         self.kernel.client(self)
-        self.assertLess(time.monotonic() - started, 1.0)
+        self.assertLess(time.monotonic() - started, support.at_most(1))
 
     def test_the_running_cell_is_busy_again_after_such_an_answer(self):
         # A client that shows the latest status as the kernel's would otherwise call it idle.
@@ -146,7 +150,7 @@ class WhileBusy(support.KernelCase):
 
     def test_the_heart_beats(self):
         self.client.sockets["hb"].send(b"ping")
-        self.assertEqual(self.client.take("hb", deadline=1), [b"ping"])
+        self.assertEqual(self.client.take("hb", deadline=support.at_most(1)), [b"ping"])
 
 
 class Errors(support.KernelCase):
@@ -230,6 +234,13 @@ class SlowReaders(support.KernelCase):
     # Flushed one by one and 3 kB long, so that nothing is joined and the socket's buffers do not hide it.
     FLOOD = f"for i in range({LINES}):\n    print(i, 'x' * 3000, flush=True)\n    display(i)"
 
+    def setUp(self):
+        super().setUp()
+        # A reader that is never slow: on a busy machine Python takes messages more slowly than the kernel makes them,
+        # ZeroMQ's own thread does not.
+        self.client.close()
+        self.client = self.kernel.client(self, options=((zmq.RCVHWM, 0),))
+
     def stuck(self, **options):
         """A client that reads nothing from now on, with as little room in between as zmq and the system give."""
         return self.kernel.client(self, options=((zmq.RCVHWM, 1), (zmq.RCVBUF, 4096)), **options)
@@ -244,15 +255,15 @@ class SlowReaders(support.KernelCase):
         self.assertEqual(lines, [str(number) for number in range(self.LINES)])
         displays = [content["data"]["text/plain"] for content in result.of_type("display_data")]
         self.assertEqual(displays, lines)
-        self.assertLess(seconds, 30)
+        self.assertLess(seconds, support.at_most(12))
         # Control is not held up, and a cell after it is as quick as ever.
-        self.client.request("control", "kernel_info_request", deadline=1)
-        self.assertEqual(self.client.execute("1+1", deadline=5).value, "2")
+        self.client.request("control", "kernel_info_request", deadline=support.at_most(1))
+        self.assertEqual(self.client.execute("1+1", deadline=support.at_most(3)).value, "2")
         # It reads again: with gaps, but the idle of the cell is among what it gets, and all that comes after.
         idle = stuck.take("iopub", lambda message: message.parent_id == msg_id
-                          and message.content.get("execution_state") == "idle", deadline=20, what="idle of the flood")
+                          and message.content.get("execution_state") == "idle", what="idle of the flood")
         self.assertTrue(idle)
-        support.wait_until(lambda: self.sees_output(stuck), 20, "the late reader to see output again")
+        support.wait_until(lambda: self.sees_output(stuck), what="the late reader to see output again")
 
     def sees_output(self, client):
         result = client.execute("print('hello')")
@@ -297,7 +308,7 @@ class ManyKernels(unittest.TestCase):
             arguments = ("--transport", transport) if support.IS_OURS else ()
             kernels = [support.Kernel(self, *arguments, home=home) for _ in range(50)]
             for kernel in kernels:
-                kernel.wait_file(120)
+                kernel.wait_file(300)
             addresses = [(kernel.info["ip"], kernel.info[f"{channel}_port"])
                          for kernel in kernels for channel in support.CHANNELS]
             self.assertEqual(len(set(addresses)), 5 * len(kernels))

@@ -191,11 +191,11 @@ class FaultCase(support.KernelCase):
             self.assert_serves()
             return self.client.drain()
         if expected == IDLE:
-            messages = self.client.output(msg_id, deadline=1)
+            messages = self.client.output(msg_id, support.at_most(1))
             self.assertEqual([message.content for message in messages],
                              [{"execution_state": "busy"}, {"execution_state": "idle"}])
             return self.check_serves()
-        result = self.client.result(msg_id, channel, deadline=support.DEADLINE if expected == EITHER else 1)
+        result = self.client.result(msg_id, channel, support.DEADLINE if expected == EITHER else support.at_most(1))
         self.assertEqual([message.content["execution_state"] for message in result.messages
                           if message.msg_type == "status"], ["busy", "idle"])
         self.assertEqual(result.reply.msg_type, msg_type.replace("_request", "_reply"))
@@ -358,7 +358,7 @@ class Contents(FaultCase):
         for channel in ("shell", "control"):
             for msg_type in ("bogus_request", "execute_reply", "status", "x" * 200, "__init__", "%s%n"):
                 with self.subTest(msg_type, channel=channel):
-                    messages = self.client.output(self.client.send(channel, msg_type, {}), deadline=2)
+                    messages = self.client.output(self.client.send(channel, msg_type, {}), support.at_most(2))
                     self.assertEqual({message.msg_type for message in messages}, {"status"})
                     self.check_serves()
 
@@ -373,7 +373,7 @@ class Contents(FaultCase):
         for msg_type, content in (("comm_open", {}), ("comm_open", {"comm_id": 5, "target_name": "x"}),
                                   ("comm_msg", {"comm_id": []}), ("comm_msg", {"comm_id": "c1", "data": 5})):
             with self.subTest(msg_type, content=content):
-                self.client.output(self.client.send("shell", msg_type, content), deadline=2)
+                self.client.output(self.client.send("shell", msg_type, content), support.at_most(2))
         self.check_serves()
 
 
@@ -396,8 +396,18 @@ class Answers(FaultCase):
     def test_before_the_question(self):
         self.client.send("stdin", "input_reply", {"value": "early"})
         self.client.send("stdin", "input_reply", {"value": "early" * 2 * MB})
-        # Two sockets keep no order between them: let the kernel have read this before the cell comes.
-        self.client.is_silent("stdin", 0.3)
+        # Two sockets keep no order between them: let the kernel have read this before the cell comes. It has when it
+        # complains about what is sent behind it.
+        complaint = "stdin: wrong signature"
+        complaints = self.kernel.log().count(complaint)
+
+        def complains():
+            self.client.send_frames("stdin", self.client.frames(self.client.header("input_reply"), key=b"x"))
+            return self.kernel.log().count(complaint) > complaints
+        if support.IS_OURS:
+            support.wait_until(complains, what=complaint, pause=0.1)
+        else:
+            self.client.is_silent("stdin", 2)
         self.check_waits_and_takes_the_right_answer(*self.ask())
 
     def test_of_another_identity(self):
@@ -459,7 +469,7 @@ class Sizes(FaultCase):
                 peer.collect(0.3)
                 self.assert_serves()
                 peer.close()
-                support.wait_until(lambda: self.grown() < 10 * MB, 5, f"{self.grown() // MB} MB more", pause=0.05)
+                support.wait_until(lambda: self.grown() < 10 * MB, what="less than 10 MB more", pause=0.05)
 
     def test_M61_four_times_256_MB_to_stdin_are_never_held(self):
         data = b"x" * (256 * MB)
@@ -518,7 +528,8 @@ class Floods(FaultCase):
                 self.client.output(msg_id)
             self.assertGreater(int(flood.output()), 1000 * seconds)
             waits.sort()
-            self.assertLess(waits[len(waits) * 99 // 100], 0.2)
+            self.assertLess(waits[len(waits) // 2], 0.1)
+            self.assertLess(waits[len(waits) * 99 // 100], support.at_most(0.2))
             self.check_serves()
         log_after = os.path.getsize(self.kernel.err_path) + os.path.getsize(self.kernel.out_path)
         self.assertLess(log_after - log_before, MB)
