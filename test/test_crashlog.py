@@ -265,6 +265,14 @@ class Records(Case):
         outs = [record["of"] for record in self.read(log).records() if record["k"] == "out"]
         self.assertEqual(outs, ["m5"])
 
+    def test_clients_that_use_the_same_msg_id_are_forgotten_as_others_are(self):
+        log = self.log()
+        for number in range(2):
+            log.begin(header(number), "1", "pass", number)
+        for number in range(2, crashlog.CELLS + 5):
+            self.cell(log, number)
+        self.assertEqual(len(log._cells), crashlog.CELLS)
+
 
 # -- a file that was damaged
 
