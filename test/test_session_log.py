@@ -199,6 +199,13 @@ class HowASessionEnds(Logged):
                 kernel.wait()
                 self.assertEqual(self.files(), [])
 
+    def test_an_exit_function_that_hangs_makes_no_crash_of_a_proper_end(self):
+        kernel, client = self.start()
+        client.execute("import atexit, time; atexit.register(time.sleep, 600)")
+        client.request("control", "shutdown_request")
+        self.assertEqual(kernel.wait(), 0)
+        self.assertEqual(self.files(), [])
+
     def test_a_closed_session_is_kept_if_wanted(self):
         kernel, client = self.start("--set", "recovery.keep_closed=1")
         client.execute("1")

@@ -350,6 +350,8 @@ class Kernel:
             own_thread("twoproc-end", self.finish)
             return
         with contextlib.suppress(Exception):
+            if self.log is not None:
+                self.log.close(self.ending or "", keep=self.is_restart)
             self.tidy()
         os._exit(self.exit_status)      # an exit function hangs, too
 
