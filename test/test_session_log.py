@@ -381,6 +381,11 @@ class TheSuccessor(Logged):
         self.assertEqual(result.value, "'first'")
         self.assertEqual(client.execute("'second'").of_type("display_data"), [])
 
+    def test_does_not_say_it_where_nobody_looks(self):
+        _, _, client = self.succeed()
+        self.assertEqual(client.execute("'of an extension'", store_history=False).of_type("display_data"), [])
+        self.assertEqual(len(client.execute("'of the user'").of_type("display_data")), 1)
+
     def test_says_nothing_where_that_is_not_wanted(self):
         _, _, client = self.succeed("--set", "recovery.notice=no")
         self.assertEqual(client.execute("1").of_type("display_data"), [])

@@ -485,7 +485,8 @@ class Kernel:
         if not content["silent"]:
             self.publish("execute_input", {"code": content["code"], "execution_count": self.execution_count},
                          parent=message)
-            self._publish_notice(message)
+            if content["store_history"]:        # else it is a frontend's own, and nobody looks
+                self._publish_notice(message)
         reply = self.interpreter.execute(
             content["code"], content["silent"], content["store_history"] and not content["silent"],
             content["user_expressions"], message.metadata.get("cellId"), self.run_user_code)
