@@ -424,6 +424,18 @@ class TheSuccessor(Logged):
         with open(path) as file:
             self.assertEqual(file.read(), "x")
 
+    def test_serves_a_client_that_never_says_the_date(self):
+        kernel, client = self.start()
+        for _restart in range(2):
+            header = client.header("execute_request", session="without", date="")
+            client.send_frames("shell", client.frames(header, {"code": "'x'"}))
+            self.assertEqual(client.result(header["msg_id"]).value, "'x'")
+            client.request("control", "shutdown_request", {"restart": True})
+            kernel.wait()
+            kernel = support.Kernel(self, successor_of=kernel)
+            kernel.wait_file()
+            client = kernel.client(self)
+
 
 class TheLogOnTheWire(KernelCase):
     """twoproc_log_request, as docs/protocol.md says."""

@@ -196,7 +196,7 @@ class Kernel:
     def _was_before_restart(self, header: dict) -> bool:
         """A message captured from the wire and sent again to our successor with the same key is not run twice."""
         mark = self._marks.get(header["session"])
-        return mark is not None and timestamp(header.get("date")) <= timestamp(mark)
+        return mark is not None and timestamp(header.get("date")) <= timestamp(mark) > float("-inf")    # that: no date
 
     def interrupt_request(self, channel: str, message: Message) -> None:
         self.interrupt()
