@@ -436,6 +436,29 @@ class TheSuccessor(Logged):
             kernel.wait_file()
             client = kernel.client(self)
 
+    def test_runs_the_cells_again_also_without_a_log_of_its_own(self):
+        _, _, client = self.succeed("--set", "recovery.log=no")
+        replayed = client.execute("%recover replay", answers=["y"])
+        self.assertEqual(client.execute("x").value, "20", replayed)
+
+    def test_keeps_its_log_whole_when_ctrl_c_comes_as_a_replayed_cell_begins(self):
+        _, kernel, client = self.succeed()
+        client.execute('''import os, signal
+def write(fd, data, write=os.write):
+    written = write(fd, data)
+    if b'"code":"x = 20"' in data:
+        signal.raise_signal(signal.SIGINT)
+    return written
+os.write = write''')
+        client.execute("%recover replay", answers=["y"])
+        client.execute("'after'")
+        page = client.request("control", "twoproc_log_request", {"cells": 9}).content
+        codes = [record["code"] for record in page["records"] if record["k"] == "begin"]
+        self.assertEqual(codes[1:], ["%recover replay", "x = 20", "'after'"])
+        kernel.popen.kill()
+        kernel.wait()
+        self.assertIsNone(self.session().killer)
+
 
 class TheLogOnTheWire(KernelCase):
     """twoproc_log_request, as docs/protocol.md says."""

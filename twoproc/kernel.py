@@ -536,12 +536,23 @@ class Kernel:
 
     def _run_recovered(self, cell: LoggedCell) -> bool:
         """Run a cell of another session within the running one; logged as a cell of its own, for it may kill too."""
-        assert self.interpreter is not None and self.log is not None and cell.code is not None
-        header = self.channels.session.header("execute_request")
-        self._log_begin(header, json.loads(header)["msg_id"], cell.code)
-        began = time.monotonic()
-        is_done = self.interpreter.run_within(cell.code)
-        self._log_end(header, is_done, time.monotonic() - began)
+        assert self.interpreter is not None and cell.code is not None
+        if self.log is None:
+            return self.interpreter.run_within(cell.code)
+        header, code = self.channels.session.header("execute_request"), cell.code
+        # By twoproc-io: Ctrl-C raises here, and must not do so between a record and the note of its length.
+        is_begun: SimpleQueue[None] = SimpleQueue()
+
+        def begin() -> None:
+            self._log_begin(header, json.loads(header)["msg_id"], code)
+            is_begun.put(None)
+        self.channels.call(begin)
+        began, is_done = time.monotonic(), False
+        try:
+            is_begun.get()
+            is_done = self.interpreter.run_within(code)
+        finally:
+            self._log_end(header, is_done, time.monotonic() - began)
         return is_done
 
     def run_user_code(self, function: Callable[[], Any]) -> Any:
