@@ -1410,7 +1410,7 @@ class Cost(Case):
                 log.published("stream", number, content, parent, b"{}")
                 log.end(parent, True, 0.001, number)
             best.append((time.perf_counter() - started) / 400)
-        self.assertLess(min(best), support.at_most(200e-6))     # 20 to 60 us on a quiet machine; bench measures, this guards
+        self.assertLess(min(best), support.at_most(200e-6))     # 20 to 60 us, quiet; bench measures, this guards
 
     def test_the_outline_of_a_long_log_does_not_parse_its_output(self):
         log = self.log(per_cell=1 << 30)
