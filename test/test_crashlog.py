@@ -828,14 +828,23 @@ class Faults(Case):
         with open(canary) as file:
             self.assertEqual(file.read(), "untouched")
 
-    @unittest.skipIf(IS_ROOT, "root may write everywhere")
     def test_a_read_only_folder(self):
         os.makedirs(self.folder, mode=0o700)
         os.chmod(os.path.dirname(self.folder), 0o700)
+        if IS_ROOT:         # who may write everywhere: so be somebody else
+            for path in (self.home, os.path.dirname(self.folder), self.folder):
+                os.chown(path, 65534, 65534)
+            os.seteuid(65534)
+            self.addCleanup(os.seteuid, 0)
         os.chmod(self.folder, 0o500)
         log = self.log()
+        self.cell(log, 1, "x")
         self.assertFalse(log.is_on)
         self.assertEqual(len(self.warnings), 1)
+        os.chmod(self.folder, 0o700)
+        self.cell(log, 2, "x")
+        self.assertEqual([cell.ec for cell in self.read(log).cells()], [2])
+        log.close("test")
 
     @unittest.skipUnless(IS_ROOT, "needs a folder of another user")
     def test_a_folder_of_another_user(self):
