@@ -433,6 +433,7 @@ class Refill(unittest.TestCase):
         chance = random.Random(support.rounds(7, None))
 
         def script(fake, message):
+            fake.records.clear()
             loss = chance.choice([0.0, 0.1, 0.5, 0.9])
             fake.page = chance.randrange(1, 9)
 
@@ -617,6 +618,7 @@ class Visitors(support.KernelCase):
                 if visits % 2:
                     visit.wait_live()
                 visit.client.close()
+                self.client.collect()       # lest it be a reader that has stopped
                 if visit.idles:
                     break
                 lines = visit.text.count("\n")
@@ -822,6 +824,20 @@ print(json.dumps({"text": text.hexdigest(), "in_order": displays == list(range(l
         self.assertEqual([int(message.content["data"]["text/plain"]) for message in seen
                           if message.msg_type == "display_data"], list(range(self.LINES)))
         self.assertEqual(seen[-1].content, {"execution_state": "idle"})
+
+    def test_one_who_comes_while_the_kernel_waits_for_it_waits_too(self):
+        kernel = support.start_kernel(self, "--set", "limits.slow_reader_seconds=4.5")
+        kernel.client(self)     # reads nothing from now on
+        with connect(kernel.connection_file) as ours:
+            lines = []
+            stopped = threading.Event()
+            ours.execute_nowait(self.FLOOD)
+            ours.listen(lambda message: lines.append(message) or len(lines) == 1400 and stopped.set())
+            self.assertTrue(stopped.wait(support.DEADLINE))
+            support.wait_until(lambda: ours._heard_output_at < time.monotonic() - 0.3, what="the kernel to wait")
+            start = time.monotonic()
+            connect(kernel.connection_file).close()
+            self.assertGreater(time.monotonic() - start, 3.8)
 
     def test_without_a_log_the_loss_is_told_and_the_cell_ends(self):
         kernel = support.start_kernel(self, *self.kernel_arguments, "--set", "recovery.log=no")

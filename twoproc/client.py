@@ -53,6 +53,8 @@ IDLE_PATIENCE = 5.0
 QUIET_SECONDS = 1.0
 # The client's thread looks around once a second at least: after so long it was stopped, or kept from it.
 STOPPED_SECONDS = 1.5
+# So long may attaching take where it is known that it will work; else it is 4 s, and one to find the cause.
+PATIENT_SECONDS = 15.0
 # Output of one request that its caller has not taken yet: beyond it iopub is left unread, for everybody, until
 # half of it is taken, so that the kernel waits instead of our memory growing.
 UNREAD_CHARS = 64 << 20
@@ -489,6 +491,11 @@ class Client:
                     for follower in followers:
                         follower.ask()
                     return self.kernel_info_reply
+                if may_give_up and control is not None and control.reply is not None \
+                        and control.reply.content.get("implementation") == "twoproc":
+                    # Such a kernel answers on shell while a cell runs.  What keeps it is a reader that has stopped,
+                    # and for that one it waits limits.slow_reader_seconds.
+                    timeout = PATIENT_SECONDS
                 if now >= start + timeout or self._is_hopeless(now - start, may_give_up):
                     raise self._diagnose(control, timeout)
                 if now >= probe_at:
