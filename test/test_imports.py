@@ -24,7 +24,7 @@ ROOMS = {
     "channels": ("session connection", "zmq"),
     "crashlog": ("connection recovery", ""),
     "recovery": ("crashlog export screen connection client config launcher start", ""),
-    "export": ("crashlog", ""),
+    "export": ("crashlog", "IPython"),
     "screen": ("", ""),
     # the kernel's process
     "streams": ("", ""),

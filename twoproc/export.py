@@ -4,15 +4,14 @@
 Called by recovery.py, which knows which cell, if any, was running when the kernel died (`killer`) and what is
 to be said about that (`death`).  Text in, text out: nothing here reads a log, writes a file or runs a cell.
 
-A script is Python that can always be compiled: whatever is not (magics, a typing error, `await` at the top
-level) stands in it as a comment.  What IPython itself can run again are .ipy and .ipynb files.
+A script is Python that can always be compiled: magics stand in it as calls, so that IPython can run it, and what
+is no Python (a typing error, `await` at the top level) as a comment.
 """
 from __future__ import annotations
 
 import ast
 import itertools
 import json
-import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -36,30 +35,23 @@ def private_words(cell: LoggedCell) -> str:
 def notebook(cells: list[LoggedCell], killer: LoggedCell | None, death: str, session: str, python: str) -> str:
     """The session as a notebook of format 4.5, with its outputs; what killed it is tagged `killed-kernel`."""
     made: list[dict] = []
-    taken: set[str] = set()
     for number, (cell, outputs) in enumerate(zip(cells, notebook_outputs(cells)), 1):
-        metadata: dict[str, Any] = {}
+        common: dict[str, Any] = {"id": "cell-%d" % number, "metadata": {}}
         if cell is killer:
-            metadata["tags"] = ["killed-kernel"]
+            common["metadata"]["tags"] = ["killed-kernel"]
             outputs.append({"output_type": "error", "ename": "KernelDied", "evalue": death,
                             "traceback": ["KernelDied: the kernel " + death]})
-        name = cell.cell_id or ""
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or name in taken:
-            name = "cell-%d" % number
-            while name in taken:
-                name += "-"
-        taken.add(name)
         if cell.code is None:
-            made.append({"cell_type": "markdown", "id": name, "metadata": metadata,
-                         "source": ["%s: %s" % (cell_name(cell), private_words(cell))]})
+            source = "%s: %s" % (cell_name(cell), private_words(cell))
+            made.append({"cell_type": "markdown", "source": source, **common})
         else:
-            made.append({"cell_type": "code", "id": name, "metadata": metadata, "source": cell.code.splitlines(True),
+            made.append({"cell_type": "code", "source": cell.code, **common,
                          "execution_count": cell.ec, "outputs": outputs})
     content = {"nbformat": 4, "nbformat_minor": 5, "cells": made, "metadata": {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
         "language_info": {"name": "python", "file_extension": ".py", "version": python},
         "twoproc": {"session": session}}}
-    return json.dumps(_plain(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
 def notebook_outputs(cells: list[LoggedCell]) -> list[list[dict]]:
@@ -126,56 +118,45 @@ def _bundle(data: Any) -> dict:
             for kind, value in (data.items() if isinstance(data, dict) else ())}
 
 
-def _plain(value: Any) -> Any:
-    """The same without what strict readers of JSON refuse: lone surrogates, NaN and infinities."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # -- Python ----------------------------------------------------------------------------------------
 
 _LINE_END = re.compile("\r\n|\r|\n")
-# %magic, !command, ?help, help?, and `files = !ls`; asked only about lines that are no Python.
-_MAGIC = re.compile(r"[ \t]*(?!pass  #)(?:[%!?]|[\w., ]+=[ \t]*[!%](?!=)|.*\w\?{1,2}[ \t]*$)")
-_RUNS_PYTHON = re.compile(r"\s*%%(time|capture)\b")
+_NOT_IN_A_FILE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def script(cells: list[LoggedCell], killer: LoggedCell | None, death: str, head: list[str],
-           is_ipython: bool = False) -> str:
+def script(cells: list[LoggedCell], killer: LoggedCell | None, death: str, head: list[str]) -> str:
     """The inputs as a script; head: lines about it, made comments.
 
-    is_ipython: for `ipython file.ipy`, magics stay.  The cell that was running at the death, and calls of
-    %recover, are comments in both.
+    The cell that was running at the death, and calls of %recover, are comments.
     """
-    futures: dict[str, None] = {}
-    parts = []
+    parts = list(map(_commented, head))
     for cell in cells:
         mark = cell_name(cell)
         if cell is killer:
             mark += ": the kernel " + death
         elif cell.is_ended and not cell.ok:
             mark += ": ended with an error"
-        if cell.code is None:
-            body = commented(private_words(cell))
-        elif cell is killer or calls_recover(cell.code):
-            body = commented(cell.code)
-        else:
-            found = _as_python(cell.code, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT if is_ipython else 0)
-            if is_ipython and (cell.ok or found is not None):
-                body = _with_calls(cell.code)
-            else:
-                body = commented(cell.code) if found is None else _without_futures(found, futures)
-        parts.append("%s\n%s\n" % (commented(mark), body))
+        text = None if cell.code is None or cell is killer or calls_recover(cell.code) else _as_python(cell.code)
+        if text is None:
+            text = _commented(private_words(cell) if cell.code is None else cell.code)
+        parts.append("\n\n%s\n%s" % (_commented(mark), text))
     # First of all the encoding: no comment further down can then be taken for a declaration of another.
-    top = ["# -*- coding: utf-8 -*-", *map(commented, head)]
-    if futures:
-        top.append("from __future__ import " + ", ".join(futures))
-    return "\n\n".join(["\n".join(top) + "\n", *parts])
+    return "# -*- coding: utf-8 -*-\n" + _futures_first("\n".join(parts) + "\n")
+
+
+def definitions_of(cells: list[LoggedCell]) -> str:
+    """Imports, functions and classes of these cells as code, in their order."""
+    kept = []
+    for cell in cells:
+        text = _as_python(cell.code or "", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT) or ""
+        for node in _compile(text, ast.PyCF_ONLY_AST).body:
+            tried = node.body if isinstance(node, ast.Try) else [node]      # an import with something in its place
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or all(
+                    isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in tried):
+                for decorator in getattr(node, "decorator_list", [])[:1]:
+                    node.lineno, node.col_offset = decorator.lineno, 0
+                kept.append((ast.get_source_segment(text, node) or "") + "\n")
+    return _futures_first("\n".join(kept))
 
 
 def calls_recover(code: str) -> bool:
@@ -183,108 +164,36 @@ def calls_recover(code: str) -> bool:
     return re.search(r"^[ \t]*%recover\b", code, re.M) is not None
 
 
-def commented(text: str) -> str:
-    return "\n".join("# " + re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: "\\x%02x" % ord(found[0]), line)
+def _commented(text: str) -> str:
+    return "\n".join("# " + _NOT_IN_A_FILE.sub(lambda found: "\\u%04x" % ord(found[0]), line)
                      for line in _LINE_END.split(text))
 
 
 def _as_python(code: str, flags: int = 0) -> str | None:
-    """The cell with the lines that only IPython understands made comments; None if it is no Python even so."""
-    lines = _LINE_END.split(code)
-    if code.lstrip().startswith("%%"):
-        if not _RUNS_PYTHON.match(code):
-            return None
-        at = next(number for number, line in enumerate(lines) if line.strip())
-        lines[at] = commented(lines[at])
-    while True:
-        text = "\n".join(lines)
-        try:
-            _compile(text, flags)
-            return text
-        except SyntaxError as error:
-            at = (error.lineno or 0) - 1
-            if not 0 <= at < len(lines) or not _MAGIC.match(lines[at]):
-                return None
-            while True:     # `pass`, because it may be all there is in a block
-                more = lines[at].endswith("\\") and at + 1 < len(lines)
-                indent = lines[at][:len(lines[at]) - len(lines[at].lstrip())]
-                lines[at] = indent + "pass  " + commented(lines[at][len(indent):])
-                if not more:
-                    break
-                lines[at + 1] = indent + lines[at + 1].lstrip()
-                at += 1
-        except (ValueError, OverflowError, RecursionError, MemoryError):
-            return None
+    """The cell as IPython understands it, magics made calls; None if it is no Python even so."""
+    from IPython.core.inputtransformer2 import TransformerManager       # takes half a second: not for a notebook
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            text = TransformerManager().transform_cell(code)
+        _compile(text, flags)
+        return text
+    except (SyntaxError, ValueError, OverflowError, RuntimeError, MemoryError):
+        return None
 
 
 def _compile(text: str, flags: int) -> Any:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():         # about what is in the cells, and was said when they ran
         warnings.simplefilter("ignore")
         return compile(text, "<cell>", "exec", flags, True)
 
 
-def _without_futures(text: str, futures: dict[str, None]) -> str:
-    """`from __future__` must stand before all else in a file: it is noted there and becomes a comment here."""
-    lines = text.split("\n")
-    for node in ast.parse(text).body if "__future__" in text else ():
+def _futures_first(text: str) -> str:
+    """`from __future__ import` must stand before all else: it is moved there, and leaves a comment."""
+    lines, futures = _LINE_END.split(text), []
+    for node in _compile(text, ast.PyCF_ONLY_AST).body:
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-            futures.update(dict.fromkeys(alias.name for alias in node.names))
+            futures.append(ast.unparse(node))
             for at in range(node.lineno - 1, node.end_lineno or node.lineno):
-                lines[at] = commented(lines[at])
-    return "\n".join(lines)
-
-
-def _with_calls(code: str) -> str:
-    """A %%magic stands at the beginning of a cell only, which a whole .ipy file is; elsewhere it is a call."""
-    if not code.lstrip().startswith("%%"):
-        return code
-    first, _, body = code.lstrip().partition("\n")
-    name, _, line = first[2:].partition(" ")
-    return "get_ipython().run_cell_magic(%r, %r, %r)" % (name, line, body)
-
-
-def definitions_of(cells: list[LoggedCell]) -> str:
-    """Imports, functions and classes of these cells as code, in their order; of those redefined, the last.
-
-    An earlier one stays where something in between names it: a class whose base was defined again after it.
-    """
-    found: list[tuple[str, str, ast.stmt]] = []         # name or "", source, node
-    futures: dict[str, None] = {}
-    for cell in cells:
-        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-        text = None if cell.code is None else _as_python(cell.code, flags)
-        if text is None:
-            continue
-        lines = text.split("\n")
-        for node in _compile(text, flags | ast.PyCF_ONLY_AST).body:
-            source = ast.get_source_segment(text, node) or ""
-            if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-                futures[source] = None
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                if node.decorator_list:
-                    source = "\n".join(lines[node.decorator_list[0].lineno - 1:node.end_lineno])
-                found.append((node.name, source, node))
-            elif _is_import(node):
-                found = [entry for entry in found if entry[1] != source] + [("", source, node)]
-    kept: list[str] = []
-    needed: set[str] = set()
-    later: set[str] = set()
-    for name, source, node in reversed(found):
-        if not name or name not in later or name in needed:
-            kept.append(source + ("\n" if name else ""))
-            needed.discard(name)
-            needed |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-        later.add(name)
-    return "\n".join([*futures, *reversed(kept)]).strip("\n") + "\n" if kept or futures else ""
-
-
-def _is_import(node: ast.stmt) -> bool:
-    """An import, or the usual ways to have one under conditions."""
-    if isinstance(node, ast.Try):
-        rest = [statement for handler in node.handlers for statement in handler.body] + node.orelse + node.finalbody
-        return all(map(_is_import, node.body)) and all(
-            _is_import(other) or isinstance(other, ast.Pass) or isinstance(other, ast.Assign)
-            and isinstance(other.value, ast.Constant) for other in rest)
-    return isinstance(node, (ast.Import, ast.ImportFrom))
-
-
+                lines[at] = _commented(lines[at])
+    return "\n".join(futures + lines)

@@ -362,40 +362,20 @@ def _home(path: Any) -> str:
 # -- as a file -------------------------------------------------------------------------------------
 
 def export(session: LoggedSession, path: str) -> None:
-    """Write the session as a script (.py, .ipy) or as a notebook (.ipynb); never over a file that is there."""
-    kind = os.path.splitext(path)[1].lower()
+    """Write the session as a script (.py) or as a notebook (.ipynb); never over a file that is there."""
     cells = session.cells()
     killer, death = _killer(session, cells), str(cause(session))
-    if kind == ".ipynb":
+    if path.lower().endswith(".ipynb"):
         text = notebook(cells, killer, death, session.id, _line(session.opened.get("python", "")))
-    elif kind in (".py", ".ipy"):
-        text = script(cells, killer, death, [session.id, *describe(session)], is_ipython=kind == ".ipy")
+    elif path.lower().endswith(".py"):
+        text = script(cells, killer, death, [session.id, *describe(session)])
     else:
-        raise RecoveryError("cannot export to %s: the name must end in .ipynb, .py or .ipy" % _line(path))
-    _write_new(path, text.encode("utf-8", "backslashreplace"))
-
-
-def _write_new(path: str, content: bytes) -> None:
-    """The whole file or none, and none if there is one: a link fails where a rename would replace."""
-    temporary = "%s.%d-%s.tmp" % (path, os.getpid(), os.urandom(3).hex())
-    exists = RecoveryError("%s exists already; give another name" % _line(path))
+        raise RecoveryError("cannot export to %s: the name must end in .ipynb or .py" % _line(path))
     try:
-        if os.path.lexists(path):
-            raise exists
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                raise exists
-            except OSError:             # a file system without links
-                if os.path.lexists(path):
-                    raise exists
-                os.rename(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with open(path, "x", encoding="utf-8", errors="replace", newline="") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecoveryError("%s exists already; give another name" % _line(path))
     except OSError as error:
         raise RecoveryError("cannot write %s: %s" % (_line(path), error.strerror or error), 1)
 
@@ -592,7 +572,7 @@ USAGE = """\
 %recover show             its inputs and outputs
 %recover replay [3-6,9]   run its cells again, after asking; without the one that was running at the end
 %recover defs             run its imports, functions and classes again
-%recover export FILE      write it as .ipynb, .py or .ipy
+%recover export FILE      write it as .ipynb or .py
 %recover drop             delete it
 %recover status           where this session is logged
 The name of a session, from the list, may follow: %recover show 20261123T091402-4711-a1b2c3"""
