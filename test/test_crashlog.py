@@ -348,6 +348,17 @@ class Damage(Case):
         self.assertEqual((session.damaged, session.lost), (1, 3))
         self.assertEqual(len(session.records()), len(lines) - 2)
 
+    def test_many_cuts_are_counted_in_a_moment(self):
+        session = self.read(self.log())
+        cuts = [(number, b"cut", b"", crashlog.seal(
+            b'{"n":%d,"k":"cut","t":1,"first":%d,"last":%d,"records":8,"bytes":8' % (
+                number, number - 8, number - 1))[:-1]) for number in range(10, 100_000, 10)]
+        began = time.monotonic()
+        with mock.patch.object(LoggedSession, "_entries", lambda session: cuts):
+            self.assertEqual(session.lost, len(cuts))
+            self.assertEqual(session.cells(), [])
+        self.assertLess(time.monotonic() - began, 5)
+
     def test_no_bytes_at_all_make_a_reader_raise(self):
         chosen = random.Random(3)
         _, data = self.written()
@@ -965,6 +976,14 @@ class Sync(Case):
         self.assertEqual([thread.name for thread in threads], ["twoproc-log"])
         self.assertFalse(threads[0].is_alive())
 
+    def test_a_file_system_that_cannot_sync_is_no_trouble(self):
+        for number in (errno.EINVAL, errno.ENOSYS):
+            log = self.log(fsync="always")
+            with mock.patch.object(crashlog.os, "fdatasync", side_effect=OSError(number, "cannot"), create=True):
+                self.cell(log, 1, "x")
+            self.assertEqual((log.is_on, self.warnings), (True, []))
+            self.assertEqual([record["k"] for record in self.read(log).records()], ["open", "begin", "out", "end"])
+
     def test_never_and_always(self):
         for fsync, expected in (("never", 0), ("always", 4)):
             log = self.log(fsync=fsync)
@@ -1090,6 +1109,18 @@ class Lock(Case):
         self.assertEqual((session.state(), session.opened["conn"]), ("died", CONN))
         os.truncate(session.path(".log"), 0)
         self.assertEqual(self.read(session).state(), "died")
+
+    def test_a_lock_file_with_anything_in_it_does_not_stop_the_next_kernel(self):
+        session = self.dead()
+        os.truncate(session.path(".log"), 0)
+        for content in ("[]", "[" * 99, '{"pid": 1, "conn": "%s", "prev": [], "marks": 5, "host": {}}' % CONN, ""):
+            with open(session.path(".lock"), "w") as file:
+                file.write(content)
+            log = self.log()
+            self.assertTrue(log.is_on)
+            self.assertEqual(self.read(log).opened["conn"], CONN)
+            log.close("test")
+        self.assertEqual(self.warnings, [])
 
     def test_a_lock_file_that_is_not_ours_is_unknown(self):
         session = self.dead()
@@ -1327,6 +1358,21 @@ class Folder(Case):
         log = self.log("/run/living.json")
         self.assertFalse(crashlog.note_exit("/run/living.json", os.getpid(), 0))
         self.assertEqual(self.read(log).outline()[-1]["k"], "open")
+
+    def test_the_exit_is_noted_without_reading_the_backlog(self):
+        session, pid = self.crashed(code="for seq in range(1, 50):\n    log.published('stream', seq, b'{\"name\":"
+                                         "\"stdout\",\"text\":\"%b\"}' % (b'x' * 200_000), header(1))")
+        self.assertGreater(os.path.getsize(session.path(".bulk")), 9_000_000)
+        read, sizes = LoggedSession._read, []
+
+        def spy(*args):
+            content = read(*args)
+            sizes.append(len(content))
+            return content
+        with mock.patch.object(LoggedSession, "_read", spy):
+            self.assertTrue(crashlog.note_exit(CONN, pid, -9))
+        self.assertLess(sum(sizes), 2_000_000)
+        self.assertEqual((session.records()[-1]["k"], session.lost), ("exit", 0))
 
     def test_a_record_appended_replaces_what_was_torn(self):
         session, _ = self.crashed()

@@ -74,7 +74,7 @@ class StateError(Exception):
     """What is wrong with the state folder or a name in it, in one line.  exit_code: 2 not found, 5 unsafe to use."""
 
     def __init__(self, message: str, exit_code: int = 5) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(re.sub("[\x00-\x1f\x7f-\x9f]", "?", " ".join(message.splitlines())))
         self.exit_code = exit_code
 
 
@@ -255,7 +255,11 @@ class _File:
         return (found.st_dev, found.st_ino) == self._identity
 
     def sync(self) -> None:
-        getattr(os, "fdatasync", os.fsync)(self.fd)
+        try:
+            getattr(os, "fdatasync", os.fsync)(self.fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):      # a file system without
+                raise
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -337,14 +341,13 @@ class SessionLog:
         self._is_dirty = False
         self._wake: SimpleQueue[bool] = SimpleQueue()
         self._ending = threading.Event()
-        try:
+        # Whatever is wrong, the kernel starts.  The predecessor first: it is found also where nothing can be written.
+        with contextlib.suppress(Exception):
             self.prev = _predecessor(conn)
-        except (StateError, OSError):
-            pass                        # opening the files fails for the same reason, and says so
         try:
             with self._lock:
                 self._open_files()
-        except Exception as error:      # whatever it is, the kernel starts
+        except Exception as error:
             self._fail(error, 0)
 
     @property
@@ -963,7 +966,7 @@ class LoggedSession:
             return {}
         if type(holder) is not dict or type(holder.get("pid")) is not int or type(holder.get("conn")) is not str:
             return {}
-        return {"prev": "", "marks": {}, **holder}
+        return {**holder, "prev": "", "marks": {}}
 
     def _read(self, suffix: str, last: int | None = None) -> bytes:
         """A file, or its last bytes; empty if it cannot be read."""
@@ -1114,9 +1117,13 @@ class LoggedSession:
     def append(self, k: str, **members: Any) -> None:
         """Write one more record, under `take`; OSError."""
         assert self._held >= 0, "take() first"
-        newest = max((n for n, _, _, _ in self._entries()), default=0)
+        log = self._read(".log")
+        numbers = _numbers(log)
+        for suffix in (".bulk.1", ".bulk"):     # up to 64 MB, and their numbers only grow
+            numbers += _numbers(self._read(suffix, 1 << 20)) or _numbers(self._read(suffix))
+        newest = max(numbers, default=0)
         size = os.fstat(self._held).st_size
-        whole = self._read(".log").rfind(b"\n") + 1
+        whole = log.rfind(b"\n") + 1
         if whole < size:                # the last record of its life was torn
             os.ftruncate(self._held, whole)
         record = {"n": newest + 1, "k": k, "t": round(time.time(), 3), **members}
@@ -1131,6 +1138,11 @@ class LoggedSession:
                     os.unlink(self.path(suffix))
 
 
+def _numbers(content: bytes) -> list[int]:
+    lines = content.split(b"\n")
+    return [int(found[1]) for line, found in zip(lines, map(_HEAD.match, lines)) if found and is_intact(line)]
+
+
 def _gaps(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     """The runs (first, last) of integers that are missing between the smallest and the largest."""
     order = sorted(numbers)
@@ -1139,20 +1151,26 @@ def _gaps(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
             yield before + 1, after - 1
 
 
-def _cuts(entries: list[tuple[int, bytes, bytes, bytes]]) -> list[dict[str, Any]]:
-    return [record for record in (_decode(line) for _, kind, _, line in entries if kind == b"cut") if record]
+def _cuts(entries: list[tuple[int, bytes, bytes, bytes]]) -> list[tuple[int, int]]:
+    """The runs of numbers that a `cut` explains, in order and apart from each other."""
+    runs: list[tuple[int, int]] = []
+    records = filter(None, (_decode(line) for _, kind, _, line in entries if kind == b"cut"))
+    for first, last in sorted((cut["first"], cut["last"]) for cut in records if cut["first"] <= cut["last"]):
+        if runs and first <= runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], max(last, runs[-1][1])
+        else:
+            runs.append((first, last))
+    return runs
 
 
-def _unexplained(numbers: Iterable[int], cuts: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+def _unexplained(numbers: Iterable[int], cuts: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """The gaps, or parts of them, that no `cut` covers."""
-    covered = sorted((cut["first"], cut["last"]) for cut in cuts)
     for first, last in _gaps(numbers):
-        for start, stop in covered:
-            if stop < first or start > last:
-                continue
-            if start > first:
-                yield first, start - 1
-            first = stop + 1
+        at = bisect.bisect_left(cuts, first, key=lambda run: run[1])
+        while at < len(cuts) and cuts[at][0] <= last:
+            if cuts[at][0] > first:
+                yield first, cuts[at][0] - 1
+            first, at = cuts[at][1] + 1, at + 1
         if first <= last:
             yield first, last
 
