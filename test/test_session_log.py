@@ -136,6 +136,19 @@ class WhatIsInTheLog(Logged):
                 with open(path, "rb") as file:
                     self.assertNotIn(b"sesame", file.read(), path)
 
+    def test_what_a_private_cell_returned_is_not_in_the_history(self):
+        kernel, client = self.start()
+        client.execute("get_ipython().history_manager.db_log_output = True")
+        self.assertEqual(client.execute("%%private\n'hid' + 'den'").value, "'hidden'")
+        self.assertEqual(client.execute("'sho' + 'wn'").value, "'shown'")
+        client.request("control", "shutdown_request")
+        kernel.wait()
+        (path,) = glob.glob(os.path.join(self.home.path, "ipython", "**", "history.sqlite"), recursive=True)
+        with open(path, "rb") as file:
+            content = file.read()
+        self.assertIn(b"'shown'", content)
+        self.assertNotIn(b"hidden", content)
+
     def test_what_is_typed_into_input_and_getpass_is_not(self):
         kernel, client = self.start()
         client.execute("import getpass\nn = len(getpass.getpass('word? '))", answers=["open sesame"])

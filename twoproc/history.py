@@ -117,6 +117,11 @@ class History(HistoryManager):
             if is_private(source_raw or source):
                 self.db_input_cache[:] = [line for line in self.db_input_cache if line[0] != line_num]
 
+    def store_output(self, line_num):
+        """Called by IPython after each cell, for whoever wants results in the file as well."""
+        if not any(map(is_private, self.input_hist_raw[-1:])):
+            super().store_output(line_num)
+
     def complain(self, error: Exception) -> None:
         """Say once, where the user sees it, that history is not kept."""
         if not self._has_complained and not is_locked(error):
