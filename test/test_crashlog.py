@@ -984,14 +984,6 @@ class Sync(Case):
             self.assertEqual((log.is_on, self.warnings), (True, []))
             self.assertEqual([record["k"] for record in self.read(log).records()], ["open", "begin", "out", "end"])
 
-    def test_a_file_system_that_cannot_sync_is_no_trouble(self):
-        for number in (errno.EINVAL, errno.ENOSYS):
-            log = self.log(fsync="always")
-            with mock.patch.object(crashlog.os, "fdatasync", side_effect=OSError(number, "cannot"), create=True):
-                self.cell(log, 1, "x")
-            self.assertEqual((log.is_on, self.warnings), (True, []))
-            self.assertEqual([record["k"] for record in self.read(log).records()], ["open", "begin", "out", "end"])
-
     def test_never_and_always(self):
         for fsync, expected in (("never", 0), ("always", 4)):
             log = self.log(fsync=fsync)

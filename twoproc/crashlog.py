@@ -256,11 +256,7 @@ class _File:
 
     def sync(self) -> None:
         try:
-            try:
             getattr(os, "fdatasync", os.fsync)(self.fd)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):      # a file system without
-                raise
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):      # a file system without
                 raise

@@ -148,9 +148,10 @@ def news() -> str:
 
 
 def _told() -> set[str]:
-    with contextlib.suppress(OSError), open(os.path.join(crashlog.state_folder(), "told"), encoding="utf-8",
-                                            errors="replace") as file:
-        return set(file.read().split())
+    with contextlib.suppress(ConnectionFileError, OSError):
+        with os.fdopen(open_private(os.path.join(crashlog.state_folder(), "told"), os.O_RDONLY),
+                       encoding="utf-8", errors="replace") as file:
+            return set(file.read().split())
     return set()
 
 
@@ -172,7 +173,8 @@ def _is_recovered(session: LoggedSession) -> bool:
 
 def _in_short(session: LoggedSession) -> str:
     """When it was last heard of, where, and how much it is."""
-    path, home = str(session.opened.get("cwd", "?")), os.path.expanduser("~")
+    # Whoever made that folder chose its name, and the terminal is to obey none.
+    path, home = "".join(filter(str.isprintable, str(session.opened.get("cwd", "?")))), os.path.expanduser("~")
     cells = sum(record["k"] == "begin" for record in _outline(session))
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(session.path(".log")).st_mtime))
     return ", ".join([when, "~" + path[len(home):] if (path + os.sep).startswith(home + os.sep) else path,
