@@ -532,7 +532,7 @@ class Pages(Case):
         return lines, cut
 
     def test_pages_hold_what_was_published_between_two_numbers(self):
-        for seed in range(rounds(40, 1000)):
+        for seed in range(rounds(40, 300)):
             chosen = random.Random(seed)
             with self.subTest(seed=seed):
                 model = self.random_log(chosen, per_cell=chosen.choice((100, 5000, 1 << 20)))
@@ -544,7 +544,7 @@ class Pages(Case):
                     self.assertEqual(Model.seen(lines), model.between(first, last))
 
     def test_what_a_turned_ring_no_longer_holds_is_said_to_be_cut(self):
-        for seed in range(rounds(40, 1000)):
+        for seed in range(rounds(40, 300)):
             chosen = random.Random(seed)
             with self.subTest(seed=seed):
                 model = self.random_log(chosen, per_cell=chosen.choice((100, 5000)),
@@ -566,7 +566,7 @@ class Pages(Case):
                     self.assertTrue(cut or seen == wanted)
 
     def test_recent_holds_the_last_cells_and_the_newest_of_their_output(self):
-        for seed in range(rounds(40, 1000)):
+        for seed in range(rounds(40, 300)):
             chosen = random.Random(seed)
             with self.subTest(seed=seed):
                 model = self.random_log(chosen, per_cell=chosen.choice((100, 5000, 1 << 20)))
