@@ -161,6 +161,19 @@ class WhatIsInTheLog(Logged):
                  if record["k"] == "stdin"]
         self.assertEqual(asked, [("word? ", True), ("name? ", False)])
 
+    def test_a_signal_handler_that_prints_much_while_a_record_is_written(self):
+        kernel, client = self.start()
+        client.execute('''import os, threading
+def write(fd, data, write=os.write):
+    if b'"k":"begin"' in data[:40] and threading.current_thread() is threading.main_thread():
+        for _ in range(20):
+            print("x" * (1 << 20))
+    return write(fd, data)
+os.write = write''')
+        result = client.execute("os.write = write.__defaults__[0]; 'on'")
+        self.assertEqual(result.value, "'on'")
+        self.assertEqual(self.session().cells()[-1].ok, True)
+
     def test_a_background_thread_goes_on_under_its_cell(self):
         kernel, client = self.start()
         msg_id = client.send_execute("import threading\nevent = threading.Event()\n"

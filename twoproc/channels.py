@@ -202,6 +202,7 @@ class KernelChannels:
         self.on_tick: Callable[[], float | None] = lambda: None
         self.on_publish: Callable[[str, int, bytes, bytes, bytes], None] = lambda *message: None
         self.on_fault: Callable[[], None] = lambda: None
+        self.may_not_wait: Callable[[], bool] = lambda: False   # the calling thread, for room in the outbox
         self.busy_parent: bytes | None = None       # the running cell's header; see _settle
         self.subscribers = 0                        # subscriptions to iopub: one for each usual client
         self._context = zmq.Context()
@@ -327,7 +328,7 @@ class KernelChannels:
         # signal handler that prints.  The two sums are not exact when threads race; an empty outbox resets
         # them, and a bound needs no more.  An empty outbox has room for anything, however large.
         while self._put_bytes - self._sent_bytes > self._outbox_limit and self.outbox and not self._is_io_thread():
-            if self._stop_at is not None:
+            if self._stop_at is not None or self.may_not_wait():
                 return
             time.sleep(0.002)
 

@@ -302,7 +302,7 @@ class _Span:
 class SessionLog:
     """The log of the session that this process is.
 
-    One threading.Lock around everything that writes: main begins cells while twoproc-io logs the output of the
+    One threading.RLock around everything that writes: main begins cells while twoproc-io logs the output of the
     one before.  It is held for one record, never while `warn` is called, which may print, which may be logged.
     """
 
@@ -317,7 +317,7 @@ class SessionLog:
         self.prev: LoggedSession | None = None
         self.fault: Any = None
         self._warn, self._warned_at = warn, -WARN_SECONDS
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._lock_file: _File | None = None
         self._log: _File | None = None
         self._bulk: _File | None = None
@@ -424,6 +424,10 @@ class SessionLog:
 
     # -- called by any thread
 
+    def is_writing(self) -> bool:
+        """Whether the calling thread is in the middle of a record: a signal handler may ask, or a finalizer."""
+        return self._lock._is_owned()   # type: ignore[attr-defined]    # in all Pythons; threading.Condition asks so
+
     def note(self, what: str, **members: Any) -> None:
         self._record(b"note", b"," + _encode({"what": what, **members}).encode("ascii")[1:-1])
 
@@ -465,7 +469,7 @@ class SessionLog:
             # faulthandler keeps the number. From here on it tells the child's story where the child's errors go.
             with contextlib.suppress(OSError):
                 os.dup2(2, self.fault.fileno(), inheritable=False)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._close_files()
 
     def _close_files(self) -> None:

@@ -110,6 +110,7 @@ class Kernel:
         self.log = log
         self._marks = log.prev.marks() if log.prev is not None else {}
         self.channels.on_publish = log.published
+        self.channels.may_not_wait = log.is_writing     # twoproc-io needs the lock that is held then
         self.channels.on_fault = self.note_fault
         if log.fault is not None:
             faulthandler.enable(log.fault)
