@@ -138,6 +138,13 @@ class WhatIsInTheLog(Logged):
                 with open(path, "rb") as file:
                     self.assertNotIn(b"sesame", file.read(), path)
 
+    def test_a_private_cell_may_be_a_cell_magic(self):
+        kernel, client = self.start()
+        self.assertEqual(client.execute("%%private\n%%bash\necho $((6 * 7))").text(), "42\n")
+        self.assertEqual(client.execute("%%private\n%%capture found\nprint('inside')").status, "ok")
+        self.assertEqual(client.execute("found.stdout.upper()").value, "'INSIDE\\n'")
+        self.assertNotIn(b"inside", self.text())
+
     def test_what_a_private_cell_returned_is_not_in_the_history(self):
         kernel, client = self.start()
         client.execute("get_ipython().history_manager.db_log_output = True")

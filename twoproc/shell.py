@@ -803,8 +803,11 @@ InteractiveShellABC.register(ZMQInteractiveShell)
 
 
 def without_mark(lines: list[str]) -> list[str]:
-    """An input transformation: `%%private` is for the session log; to IPython it is an empty line."""
-    return ["\n", *lines[1:]] if lines and is_private(lines[0]) else lines
+    """An input transformation: `%%private` is for the session log; to IPython it is an empty line, or, before
+    another cell magic, none."""
+    if not lines or not is_private(lines[0]):
+        return lines
+    return lines[1:] if lines[1:] and lines[1].startswith("%%") else ["\n", *lines[1:]]
 
 
 def has_group(error: BaseException | None) -> bool:
