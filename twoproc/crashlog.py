@@ -864,6 +864,17 @@ class LoggedCell:
         self.ms: float | None = None
         self.cut = 0
 
+    def end(self, record: dict[str, Any]) -> None:
+        self.is_ended, self.ok, self.ms = True, record["ok"], record["ms"]
+
+
+def running(cells: list[LoggedCell]) -> LoggedCell | None:
+    """The last of a session's cells, if it was not ended; or the one within which that ran, by %recover.
+
+    These two have one execution count.  Any other without an end has lost that record, and nothing else.
+    """
+    return next((cell for cell in reversed(cells) if not cell.is_ended and cell.ec == cells[-1].ec), None)
+
 
 class LoggedSession:
     """A session by its files.  Nothing that they contain makes a method raise."""
@@ -872,8 +883,10 @@ class LoggedSession:
         self.folder, self.id = folder, name
         self._held = -1
         self._opened: dict[str, Any] | None = None
-        self._damaged: int | None = None
-        self._lost: int | None = None
+        self._outline: list[dict[str, Any]] = []
+        self._outlined = -1             # bytes of S.log at the time: it only grows
+        self._damaged = 0
+        self._counts: tuple[int, int, int] | None = None
         self._marks: dict[str, str] | None = None
 
     def __repr__(self) -> str:
@@ -999,9 +1012,16 @@ class LoggedSession:
 
     def outline(self) -> list[dict[str, Any]]:
         """All records but outputs.  No output is parsed: a log of 64 MB takes a tenth of a second."""
-        lines = self._read(".log").split(b"\n")[:-1]
-        records = [parse(line) for line in lines if b'"k":"out"' not in line[:40]]
-        return sorted((record for record in records if record), key=lambda record: record["n"])
+        try:
+            size = os.stat(self.path(".log")).st_size
+        except OSError:
+            return []
+        if size != self._outlined:
+            lines = self._read(".log").split(b"\n")[:-1]
+            records = [parse(line) for line in lines if b'"k":"out"' not in line[:40]]
+            self._outline = sorted((record for record in records if record), key=lambda record: record["n"])
+            self._outlined = size
+        return self._outline
 
     def records(self) -> list[dict[str, Any]]:
         """All records in order, each once."""
@@ -1010,25 +1030,42 @@ class LoggedSession:
     @property
     def damaged(self) -> int:
         """How many lines are not what was written."""
-        if self._damaged is None:
-            self._entries()
-        return self._damaged or 0
+        return self._counted()[0]
 
     @property
     def lost(self) -> int:
         """How many records are missing, and no `cut` says that they would be."""
-        if self._lost is None:
-            entries = self._entries()
-            missing = _unexplained([0] + [n for n, _, _, _ in entries], _cuts(entries))
-            self._lost = sum(last - first + 1 for first, last in missing)
-        return self._lost
+        return self._counted()[1]
 
-    def cells(self, only: str | None = None) -> list[LoggedCell]:
-        """The cells in the order in which they were begun, with their outputs.  only: the one with this msg_id."""
+    @property
+    def cut(self) -> int:
+        """How many records are missing because there was too much output, as a `cut` says."""
+        return self._counted()[2]
+
+    def _counted(self) -> tuple[int, int, int]:
+        """The three of one reading, in which no output is parsed."""
+        if self._counts is None:
+            entries = self._entries()
+            numbers = [0] + [n for n, _, _, _ in entries]
+            missing, lost = (sum(last - first + 1 for first, last in gaps)
+                             for gaps in (_gaps(numbers), _unexplained(numbers, _cuts(entries))))
+            self._counts = self._damaged, lost, missing - lost
+        return self._counts
+
+    def inputs(self) -> list[LoggedCell]:
+        """The cells in the order in which they were begun, without their outputs: those take most of the time."""
+        cells = {record["of"]: LoggedCell(record) for record in self.outline() if record["k"] == "begin"}
+        for record in self.outline():
+            if record["k"] == "end" and record["of"] in cells:
+                cells[record["of"]].end(record)
+        return list(cells.values())
+
+    def cells(self) -> list[LoggedCell]:
+        """The same with their outputs."""
         entries = self._entries()
         cells: dict[str, LoggedCell] = {}
-        for _, kind, of, line in entries:
-            if kind not in (b"begin", b"out", b"end") or only is not None and of != _text(only):
+        for _, kind, _, line in entries:
+            if kind not in (b"begin", b"out", b"end"):
                 continue
             record = _decode(line)
             if record is None:
@@ -1040,7 +1077,7 @@ class LoggedSession:
             if cell is None:
                 continue
             if kind == b"end":
-                cell.is_ended, cell.ok, cell.ms = True, record["ok"], record["ms"]
+                cell.end(record)
             else:
                 metadata = record.get("metadata")
                 cell.outputs.append({"type": record["type"], "content": record["content"],
@@ -1058,14 +1095,8 @@ class LoggedSession:
 
     @property
     def killer(self) -> LoggedCell | None:
-        """The cell that was running when the session ended."""
-        # The last one begun, or the one within which that was run by %recover: both have one execution count.
-        # Any other without an `end` has lost that record, and nothing else.
-        records = self.outline()
-        ended = {record["of"] for record in records if record["k"] == "end"}
-        begun = [record for record in records if record["k"] == "begin"]
-        running = [record for record in begun if record["of"] not in ended and record["ec"] == begun[-1]["ec"]]
-        return next(iter(self.cells(running[-1]["of"])), None) if running else None
+        """The cell that was running when the session ended, without its output."""
+        return running(self.inputs())
 
     def marks(self) -> dict[str, str]:
         """For each client's session the date of its newest request; also those that its predecessors knew."""
@@ -1132,7 +1163,7 @@ class LoggedSession:
             os.ftruncate(self._held, whole)
         record = {"n": newest + 1, "k": k, "t": round(time.time(), 3), **members}
         os.write(self._held, seal(json.dumps(record, separators=(",", ":")).encode("ascii")[:-1]))
-        self._lost = None
+        self._counts = None
 
     def drop(self) -> None:
         """Remove its files; LockedError if it is alive or somebody recovers it."""
