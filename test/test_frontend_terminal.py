@@ -63,6 +63,13 @@ HELPER = """
     def wait_file(path):
         while not os.path.exists(path):
             time.sleep(0.01)
+    def count_until(path):
+        number = 0
+        while not os.path.exists(path):
+            number += 1
+            print(number, flush=True)
+            time.sleep(0.04)
+        print("last")
     def later(seconds, text):
         import threading
         threading.Timer(seconds, print, [text]).start()
@@ -607,27 +614,34 @@ class Joining(TerminalCase):
 
     def test_a_cell_that_runs_is_seen_from_its_first_line_to_its_last_each_once(self):
         alice = self.open("--name", "running")
-        alice.run("import time", 1)
-        alice.send("for i in range(1, 101): print(i, flush=True); time.sleep(0.02)\r")
+        alice.run("from helper import *", 1)
+        path = os.path.join(self.home.work, "bob-has-seen")
+        alice.send(f"count_until({path!r})\r")
         alice.wait(lambda lines: "20" in lines)
         alice.send("\x1c")
         self.assertEqual(alice.wait_end(), 0)
         bob = self.join("running")
-        bob.wait(lambda lines: "alice | 100" in lines)
+        bob.wait(lambda lines: lines[-1].startswith("alice | "))
+        seen = int(bob.screen.all_lines()[-1][len("alice | "):])
+        bob.wait(lambda lines: f"alice | {seen + 20}" in bob.screen.all_lines())
+        with open(path, "w"):
+            pass
+        bob.wait(lambda lines: "alice | last" in lines)
         bob.prompt(3)
         shown = bob.screen.all_lines()
-        self.assertEqual([line for line in shown if line.startswith("alice | ")],
-                         [f"alice | {i}" for i in range(1, 101)])
+        said = [line for line in shown if line.startswith("alice | ")]
+        self.assertEqual(said, [*(f"alice | {i}" for i in range(1, len(said))), "alice | last"])
         self.assertLess(shown.index("-- now --"), shown.index("alice | 1"))
         self.assertEqual(bob.run("'on'", 3)[-3:], ["Out[3]: 'on'", "", "In [4]:"])
 
     def test_a_terminal_that_was_stopped_shows_all_that_it_missed(self):
         alice = self.open("--name", "missed", "--set", "limits.iopub_queue=50", "--set",
                           "limits.slow_reader_seconds=0.1")
+        alice.run("pass", 1)            # the kernel is there
         bob = self.join("missed")
-        bob.prompt(1)
+        bob.prompt(2)
         os.kill(bob.pid, signal.SIGSTOP)
-        alice.run("for i in range(3000): display(i)", 1)
+        alice.run("for i in range(3000): display(i)", 2)
         os.kill(bob.pid, signal.SIGCONT)
         bob.wait(lambda lines: "alice | 2999" in lines or any("missed:" in line for line in lines))
         self.assertEqual([line for line in bob.screen.all_lines() if line.startswith("alice | ")],
@@ -649,10 +663,10 @@ class Joining(TerminalCase):
             bob.wait(lambda lines, end=end: lines[-1] == f"In [4]: {end}")
             bob.send(CTRL_C)
             bob.prompt(4)
-        bob.send("pri")
+        bob.send("priv")        # nothing that the other tests of this class have left in a history
         bob.type("up")
         bob.send("x")
-        bob.wait(lambda lines: lines[-1].startswith("In [4]: prix"))
+        bob.wait(lambda lines: lines[-1].startswith("In [4]: privx"))
         with open(os.path.join(self.home.env["XDG_STATE_HOME"], "twoproc", "history")) as file:
             text = file.read()
         self.assertIn("before_he_came", text)
