@@ -619,6 +619,7 @@ class Visitors(support.KernelCase):
                     visit.wait_live()
                 visit.client.close()
                 self.client.collect()       # lest it be a reader that has stopped
+                self.client.inbox["iopub"].clear()
                 if visit.idles:
                     break
                 lines = visit.text.count("\n")
@@ -626,7 +627,7 @@ class Visitors(support.KernelCase):
                 self.assertEqual([m.msg_type for m in [*visit.past, *visit.live]].count("execute_input"), 1)
             self.assertEqual(visit.text, up_to(100))
             self.assertGreater(visits, 2)
-            self.client.result(msg_id)
+            self.client.reply(msg_id)
 
     def test_one_who_comes_in_the_middle_sees_past_then_live_then_the_end(self):
         gate = os.path.join(self.kernel.home.work, "gate")
