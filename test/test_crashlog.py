@@ -565,6 +565,23 @@ class Pages(Case):
                     self.assert_subsequence(seen, wanted)
                     self.assertTrue(cut or seen == wanted)
 
+    def test_what_could_not_be_recorded_is_said_to_be_missing(self):
+        log = self.log()
+        self.cell(log, 1, *"abc", ends=False)
+        with mock.patch.object(crashlog.os, "write", side_effect=OSError(errno.ENOSPC, "full")):
+            for seq in (4, 5, 6):
+                log.published("stream", seq, stream("lost"), header(1))
+        for seq in (7, 8):
+            log.published("stream", seq, stream("kept"), header(1))
+        self.assertEqual([log.between(*numbers, 1 << 20).cut for numbers in ((1, 3), (1, 8), (5, 5), (7, 8))],
+                         [False, True, True, False])
+        self.assertTrue(log.recent(1, 1 << 20).cut)
+        self.assertEqual(self.read(log).lost, 3)
+        os.chmod(self.folder, 0o777)
+        log = self.log()
+        log.published("stream", 1, stream("never"), b"{}")
+        self.assertTrue(log.between(1, 1, 1 << 20).cut)
+
     def test_recent_holds_the_last_cells_and_the_newest_of_their_output(self):
         for seed in range(rounds(40, 300)):
             chosen = random.Random(seed)

@@ -348,7 +348,7 @@ class SessionLog:
             with self._lock:
                 self._open_files()
         except Exception as error:
-            self._fail(error, 0)
+            self._fail(error)
 
     @property
     def is_on(self) -> bool:
@@ -494,7 +494,7 @@ class SessionLog:
                     self._is_opened = self._put(b"open", self._opening)
                 self._n = n = self._n + 1
                 if not is_open:
-                    self._lost += 1
+                    self._lose(seq if kind == b"out" else None)
                     return
                 if of:
                     seq = self._seq + 1 if seq is None else seq
@@ -517,6 +517,17 @@ class SessionLog:
                     self._resume()
         except Exception as error:      # a full disk, a folder taken away, a fault of ours: none of them a cell's
             self._fail(error)
+            with self._lock:
+                self._lose(seq if kind == b"out" else None)
+
+    def _lose(self, seq: int | None) -> None:
+        """A record is missing, and the message of that number with it; under the lock."""
+        self._lost += 1
+        spans = self._spans
+        if seq is not None and spans and spans[-1].file is None:
+            spans[-1].last = seq
+        elif seq is not None:
+            spans.append(_Span(self._n, seq, seq, None, 0, 0))
 
     def _put(self, kind: bytes, members: bytes) -> bool:
         """Append a record of our own making to S.log, under the lock; OSError."""
@@ -544,9 +555,8 @@ class SessionLog:
             self._is_dirty = True
             self._wake.put(True)
 
-    def _fail(self, error: Exception, lost: int = 1) -> None:
+    def _fail(self, error: Exception) -> None:
         with self._lock:
-            self._lost += lost
             is_news = self._trouble is None and time.monotonic() - self._warned_at > WARN_SECONDS
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             self._trouble = "%s: %s" % (type(error).__name__, reason)
@@ -689,7 +699,7 @@ class SessionLog:
                     self._log.append(b"".join(lines))       # one write for all: they were written before
                     self._tails.append(_Span(*first_kept[:2], cell.tail[-1][1], self._log, start, self._log.size))
         except Exception as error:
-            self._fail(error, 0)
+            self._fail(error)
         finally:
             cell.tail.clear()
             cell.records = 0
@@ -712,7 +722,7 @@ class SessionLog:
                         file.sync()
             except Exception as error:  # the outermost loop of a thread
                 if not self._is_closed:
-                    self._fail(error, 0)
+                    self._fail(error)
 
     # -- for the living kernel's clients, by twoproc-io
 
