@@ -1417,6 +1417,19 @@ class Folder(Case):
         crashlog.prune(crashlog.Limits(keep_days=1))
         self.assertEqual({session.id for session in crashlog.sessions()}, {order[-2], living.id})
 
+    def test_a_session_elsewhere_is_removed_after_a_month_without_a_record(self):
+        session, _ = self.crashed()
+        living = self.log("/run/living.json")
+        with open(session.path(".lock"), "w") as file:
+            json.dump({"pid": 1, "host": "elsewhere", "boot": "another", "conn": CONN, "locking": "flock"}, file)
+        for days, keep_days, is_kept in ((29, 0, True), (40, 50, True), (40, 30, False)):
+            for name in (session, living):
+                os.utime(os.path.join(self.folder, name.id + ".log"), (time.time() - days * 86400,) * 2)
+            self.assertEqual(session.state(), "unknown")
+            crashlog.prune(crashlog.Limits(keep_crashed=0, keep_days=keep_days))
+            self.assertEqual({found.id for found in crashlog.sessions()}, {session.id, living.id} if is_kept
+                             else {living.id})
+
     def test_what_has_no_log_is_swept_after_a_minute(self):
         session, _ = self.crashed()
         os.unlink(session.path(".log"))

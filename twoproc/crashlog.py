@@ -67,6 +67,7 @@ RETRY_SECONDS = 1.0     # between two attempts to open the files, but for cells,
                         # they are
 WARN_SECONDS = 60.0     # between two warnings
 SYNC_SECONDS = 1.0      # from a record to its fsync
+KEEP_UNKNOWN_DAYS = 30  # at least, of a session that may be alive elsewhere, since its last record
 TAIL = 4096             # bytes at the end of a log in which a `close` is looked for
 
 
@@ -1255,7 +1256,7 @@ def find(name: str | None = None) -> LoggedSession:
 
 
 def prune(limits: Limits = Limits()) -> None:
-    """Remove what is older, or more, than is to be kept.  Never what is alive, may be, or is being recovered."""
+    """Remove what is older, or more, than is to be kept.  Never what is alive or is being recovered."""
     crashed = closed = 0
     there = sessions()
     # What a living kernel may be asked to recover.
@@ -1272,8 +1273,8 @@ def prune(limits: Limits = Limits()) -> None:
             elif state == "closed":
                 closed += 1
                 is_kept = closed <= limits.keep_closed
-            else:
-                is_kept = True
+            else:                           # "unknown": a machine that does not come back, or a home of many machines
+                is_kept = state == "alive" or age < max(limits.keep_days, KEEP_UNKNOWN_DAYS) * 86400
             if not is_kept and session.id not in wanted:
                 session.drop()
     _sweep()
