@@ -1190,6 +1190,23 @@ class Lock(Case):
         self.assertTrue(connection.try_lock(fd, shared=True))
         self.assertEqual(session.state(), "died")
 
+    def test_a_recovery_ends_although_a_child_of_it_lives(self):
+        session = self.dead()
+        with session.take():
+            reading, writing = os.pipe()
+            child = os.fork()
+            if not child:
+                os.close(writing)
+                os.read(reading, 1)
+                os._exit(0)
+            os.close(reading)
+        try:
+            with self.read(session).take():
+                pass
+        finally:
+            os.close(writing)
+            os.waitpid(child, 0)
+
     def test_a_session_that_is_being_recovered_still_died(self):
         session = self.dead()
         with session.take():

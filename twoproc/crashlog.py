@@ -41,7 +41,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 from zlib import crc32
 
 from . import __version__, connection
-from .connection import ConnectionFileError, is_same_file, open_private, try_lock
+from .connection import ConnectionFileError, is_same_file, open_private, try_lock, unlock
 
 VERSION = 1
 
@@ -1158,6 +1158,7 @@ class LoggedSession:
             yield self
         finally:
             self._held = -1
+            unlock(fd)                  # closing is not enough if a cell that was run meanwhile has forked
             os.close(fd)
 
     def append(self, k: str, **members: Any) -> None:
