@@ -421,6 +421,17 @@ class TheSuccessor(Logged):
         self.assertEqual(client.execute("'of an extension'", store_history=False).of_type("display_data"), [])
         self.assertEqual(len(client.execute("'of the user'").of_type("display_data")), 1)
 
+    def test_says_it_once_and_not_to_those_who_follow(self):
+        _, kernel, client = self.succeed()
+        self.assertEqual(len(client.execute("1").of_type("display_data")), 1)
+        client.request("control", "shutdown_request")
+        kernel.wait()
+        again = support.Kernel(self, successor_of=kernel)
+        again.wait_file()
+        client = again.client(self)
+        self.assertEqual(client.execute("1").of_type("display_data"), [])
+        self.assertIn("died in In [2]", client.execute("%recover").text())
+
     def test_says_nothing_where_that_is_not_wanted(self):
         _, _, client = self.succeed("--set", "recovery.notice=no")
         self.assertEqual(client.execute("1").of_type("display_data"), [])

@@ -316,6 +316,7 @@ class SessionLog:
         self.id = "%s-%d-%s" % (time.strftime("%Y%m%dT%H%M%S", time.gmtime()), os.getpid(), os.urandom(3).hex())
         self.folder = ""
         self.prev: LoggedSession | None = None
+        self.is_prev_told = False       # the kernel's: the user has seen what became of it
         self.fault: Any = None
         self._warn, self._warned_at = warn, -WARN_SECONDS
         self._lock = threading.RLock()
@@ -455,10 +456,13 @@ class SessionLog:
                     if self._lock_file.is_sound():
                         os.unlink(base + ".lock")
             self._close_files()
-        if self.prev is not None and self.limits.keep_closed == 0:
+        if self.prev is not None:
             with contextlib.suppress(StateError, OSError):
-                if self.prev.is_restarted:
+                if self.prev.is_restarted and self.limits.keep_closed == 0:
                     self.prev.drop()
+                elif self.is_prev_told:
+                    with self.prev.take():
+                        self.prev.append("recovered", by=self.id, how="notice")
 
     def close_in_child(self) -> None:
         """In a child of fork: let go of everything.  An flock is shared with the child, and would outlive the kernel.

@@ -527,6 +527,8 @@ class Kernel:
     def _publish_notice(self, message: Message) -> None:
         if self.notice is not None and not self._is_notice_told:
             (text, html), self._is_notice_told = self.notice, True
+            if self.log is not None:
+                self.log.is_prev_told = True
             self.publish("display_data", {"data": {"text/plain": text, "text/html": html}, "metadata": {},
                                           "transient": {}}, parent=message)
 
@@ -1055,7 +1057,8 @@ def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, path: str, i
         kernel.log.open(sys.modules["IPython"].__version__)
         kernel.log.start_sync(own_thread)
         before = kernel.log.prev
-        if is_notice_wanted and before is not None and before.state() == "died":
+        if is_notice_wanted and before is not None and before.state() == "died" and not any(
+                record["k"] == "recovered" for record in before.outline()):
             from . import recovery
             kernel.notice = recovery.notice(before)     # reads that whole log: not where a client waits for us to start
     return interpreter

@@ -283,7 +283,7 @@ def died_again(session: LoggedSession) -> bool:
             if other.id != session.id and os.stat(other.path(".log")).st_mtime < began:
                 continue
         for record in other.outline():
-            heir = there.get(record["by"]) if record["k"] == "recovered" else None
+            heir = there.get(record["by"]) if record["k"] == "recovered" and record["how"] != "notice" else None
             if heir is not None and session.id in (other.id, heir.id) and heir.state() == "died":
                 if max(last["t"] for last in heir.records() if last["k"] != "recovered") - record["t"] < AGAIN_SECONDS:
                     return True
