@@ -411,7 +411,7 @@ class Running(OneTerminal):
         self.assertEqual(lines[-3:], ["afterafter", "", f"In [{self.number + 2}]:"])
 
     def test_one_enormous_line_is_cut(self):
-        lines = self.run_cell("print('x' * 50_000_000)")
+        lines = self.run_cell("print('x' * 50_000_000)", 60)
         self.assertEqual(lines[-1], "(output cut at 1 MB; 48,951,424 characters not shown)")
         with open(f"/proc/{self.terminal.pid}/status") as file:
             memory = next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
