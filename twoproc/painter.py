@@ -15,9 +15,11 @@ thread all of this runs, takes the text and writes it.
 """
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from . import screen
 from .session import Message
@@ -47,9 +49,6 @@ class Painter:
         self._muffled = screen.Tail(TAIL_LINES)
         self._folder = ""
         self._images = 0
-        self._forget_streams()
-
-    def _forget_streams(self) -> None:
         self._gates: dict[tuple, screen.EscapeFilter] = {}
         self._lines: dict[tuple, screen.Lines] = {}
         self._old_lines: set[tuple] = set()
@@ -71,7 +70,7 @@ class Painter:
         """Leave the cursor at the beginning of a row, with nothing unfinished in front of it."""
         self.unmuffle()
         self.flush_lines()
-        self._cut_note()
+        self._add(self._cut_note(self._line_chars))
         self.fresh_line()
         self._block, self._display = None, None
         self._gates.clear()
@@ -81,7 +80,7 @@ class Painter:
         count, tail = self._muffled.take()
         if count:
             self.fresh_line()
-            self._note("... %s lines not shown" % format(count, ","))
+            self._add(self.dim("... %s lines not shown" % format(count, ",")) + "\n")
         if tail:
             self._own_stream(tail)
 
@@ -148,7 +147,7 @@ class Painter:
     def handle_stream(self, message: Message, who: str | None) -> None:
         text = str(message.content.get("text", ""))
         key = (who, message.parent_header.get("session"), message.content.get("name"))
-        if who is None and not self.is_prompt_up:
+        if self._is_ours(who):
             if self.is_muffled:
                 self._muffled.feed(self._gate(key).feed(text))
             else:
@@ -160,62 +159,41 @@ class Painter:
     def handle_execute_result(self, message: Message, who: str | None) -> None:
         text = self._shown(message)
         head = "Out[%s]: " % message.content.get("execution_count", "?")
-        if who is not None or self.is_prompt_up:
-            self._whole_lines(who, ((head if who else "") + text).split("\n"))
-            return
-        self._clear_if_asked()
-        self.fresh_line()
-        self._add((self.paint("31", head) + ("\n" if "\n" in text else "") + text).rstrip("\n") + "\n")
+        if self._is_ours(who):
+            head = self.paint("31", head) + ("\n" if "\n" in text else "")
+        self._block_of_lines(head + text if who or not self.is_prompt_up else text, who)
 
     def handle_display_data(self, message: Message, who: str | None) -> None:
-        text = self._shown(message)
-        if who is not None or self.is_prompt_up:
-            self._whole_lines(who, text.rstrip("\n").split("\n"))
-            return
-        self._clear_if_asked()
-        self.fresh_line()
-        begin = None if self._block is None else len(self._block)
-        if text:
-            self._add(text.rstrip("\n") + "\n")
+        begin = self._block_of_lines(self._shown(message), who)
         display_id = _display_id(message)
-        self._display = (display_id, begin) if display_id and begin is not None else None
+        if display_id and begin is not None:
+            self._display = display_id, begin
 
     def handle_update_display_data(self, message: Message, who: str | None) -> None:
-        display_id = _display_id(message)
-        text = self._shown(message).rstrip("\n")
-        if who is None and not self.is_prompt_up and self._display and self._display[0] == display_id:
-            begin = self._display[1]
-            if self._rub_out(begin):
-                self._add(text + "\n")
-                self._display = (display_id, begin)
-                return
-        if who is None and not self.is_prompt_up:
-            self._clear_if_asked()
-            self.fresh_line()
-            self._add(text + self.dim(" (updated)") + "\n")
+        if (self._is_ours(who) and self._display and self._display[0] == _display_id(message)
+                and self._rub_out(self._display[1])):
+            self.handle_display_data(message, who)
         else:
-            self._whole_lines(who, (text + self.dim(" (updated)")).split("\n"))
+            self._block_of_lines(self._shown(message).rstrip("\n") + self.dim(" (updated)"), who)
 
     def handle_error(self, message: Message, who: str | None) -> None:
-        text = self._filtered(screen.traceback_of(message.content))
-        if who is not None or self.is_prompt_up:
-            self._whole_lines(who, text.split("\n"))
-            return
-        if self.is_muffled:
+        if self._is_ours(who):
             self.unmuffle()
-        self._clear_if_asked()
-        self.fresh_line()
-        self._add(text.rstrip("\n") + "\n")
+        self._block_of_lines(self._filtered(screen.traceback_of(message.content)), who)
 
     def handle_twoproc_gap(self, message: Message, who: str | None) -> None:
         """The client's own, in place of what it could not get."""
         self._whole_lines(who, [self.dim("(output missed: %s)" % message.content.get("reason", ""))])
 
     def handle_clear_output(self, message: Message, who: str | None) -> None:
-        if who is None and not self.is_prompt_up:
+        if self._is_ours(who):
             self._clear_first = True
             if not message.content.get("wait"):
                 self._clear_if_asked()
+
+    def _is_ours(self, who: str | None) -> bool:
+        """Whether the cursor belongs to who says this."""
+        return who is None and not self.is_prompt_up
 
     # -- colours
 
@@ -261,6 +239,19 @@ class Painter:
         if text:
             self._clear_if_asked()
             self._add(self._cut_lines(text))
+
+    def _block_of_lines(self, text: str, who: str | None) -> int | None:
+        """Show what does not share its lines with anything else; its place in _block if it can be redrawn."""
+        text = text.rstrip("\n")
+        if not self._is_ours(who):
+            self._whole_lines(who, text.split("\n") if text else [])
+            return None
+        self._clear_if_asked()
+        self.fresh_line()
+        begin = None if self._block is None else len(self._block)
+        if text:
+            self._add(text + "\n")
+        return begin
 
     def _whole_lines(self, who: str | None, lines: list[str]) -> None:
         if not lines:
@@ -310,7 +301,8 @@ class Painter:
         return screen.NoFilter() if self.raw_escapes else screen.EscapeFilter(colors=self.colors)
 
     def _filtered(self, text: str) -> str:
-        return self._cut_lines(self._new_gate().feed(text), keep=False)
+        text = self._new_gate().feed(text)
+        return text[:LINE_LIMIT] + self._cut_note(len(text))
 
     def _excerpt(self, text: str) -> str:
         """Beginning and end of a text of very many lines, with the number of those between."""
@@ -321,41 +313,21 @@ class Painter:
         return "\n".join([*lines[:HEAD_LINES], self.dim("... %s lines not shown" % format(left_out, ",")),
                           *lines[-TAIL_LINES:]])
 
-    def _cut_lines(self, text: str, keep: bool = True) -> str:
-        """Limit each line; `keep`: the last one goes on with the next text."""
-        if self._line_chars + len(text) <= LINE_LIMIT or not keep and len(text) <= LINE_LIMIT:
-            if keep:
-                at = max(text.rfind("\n"), text.rfind("\r"))
-                self._line_chars = len(text) - 1 - at if at >= 0 else self._line_chars + len(text)
-            return text
+    def _cut_lines(self, text: str) -> str:
+        """Limit each line of our cell's; the last one goes on with the next text."""
         pieces = []
-        chars = self._line_chars if keep else 0
-        for number, line in enumerate(text.split("\n")):
-            if number:
-                pieces.append(self._cut_note_text(chars) + "\n")
-                chars = 0
-            room = max(0, LINE_LIMIT - chars)
-            pieces.append(line[:room])
-            chars += len(line)
-        if keep:
-            self._line_chars = chars
-        else:
-            pieces.append(self._cut_note_text(chars))
+        for piece in re.split("(?<=[\r\n])", text):
+            pieces.append(piece[:max(0, LINE_LIMIT - self._line_chars)])
+            self._line_chars += len(piece)
+            if piece.endswith(("\r", "\n")):
+                pieces.append(self._cut_note(self._line_chars - 1))
+                self._line_chars = 0
         return "".join(pieces)
 
-    def _cut_note_text(self, chars: int) -> str:
+    def _cut_note(self, chars: int) -> str:
         if chars <= LINE_LIMIT:
             return ""
-        return "\n" + self.dim("(output cut at 1 MB; %s characters not shown)" % format(chars - LINE_LIMIT, ","))
-
-    def _cut_note(self) -> None:
-        note = self._cut_note_text(self._line_chars)
-        self._line_chars = 0
-        if note:
-            self._add(note + "\n")
-
-    def _note(self, text: str) -> None:
-        self._add(self.dim(text) + "\n")
+        return "\n" + self.dim("(output cut at 1 MB; %s characters not shown)" % format(chars - LINE_LIMIT, ",")) + "\n"
 
 
 def _display_id(message: Message) -> str | None:
@@ -368,28 +340,19 @@ def _one_line(name: str) -> str:
     return "".join(c for c in name if c.isprintable())[:32] or "?"
 
 
-def _joined(messages: list[tuple[Message, str | None]]) -> list[tuple[Message, str | None]]:
+def _joined(messages: Iterable[tuple[Message, str | None]]) -> Iterator[tuple[Message, str | None]]:
     """Neighbours of one stream as one message: a flood is then cut once, not once a message."""
-    result: list[tuple[Message, str | None]] = []
-    texts: list[str] = []
-
-    def close() -> None:
-        if len(texts) > 1:
-            message, who = result[-1]
-            result[-1] = message._replace(content={**message.content, "text": "".join(texts)}), who
-        texts.clear()
-
-    for message, who in messages:
-        if texts and message.msg_type == "stream" and _stream_of(message) == _stream_of(result[-1][0]):
-            texts.append(str(message.content.get("text", "")))
+    for stream, entries in itertools.groupby(messages, _stream_of):
+        if stream is None:
+            yield from entries
             continue
-        close()
-        result.append((message, who))
-        if message.msg_type == "stream":
-            texts.append(str(message.content.get("text", "")))
-    close()
-    return result
+        (message, who), *more = entries
+        texts = [str(message.content.get("text", "")) for message, _ in [(message, who), *more]]
+        yield message._replace(content={**message.content, "text": "".join(texts)}), who
 
 
-def _stream_of(message: Message) -> tuple:
+def _stream_of(entry: tuple[Message, str | None]) -> tuple | None:
+    message = entry[0]
+    if message.msg_type != "stream":
+        return None
     return message.content.get("name"), message.parent_header.get("msg_id")

@@ -33,7 +33,7 @@ _SEQUENCE = re.compile(
     "|\x1b\\[[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]|[\x00-\x07\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # The beginning of a sequence whose end may come with the next piece of text.
 _UNFINISHED = re.compile("\x1b(?:\\[[0-?]*[ -/]*|[ -/]*|\\]8?|\\]8;[^\x07\x1b]*\x1b?)\\Z")
-_STRING_END = re.compile("\x07|\x18|\x1a|\x9c|\x1b")
+_STRING_END = re.compile("[\x07\x18\x1a\x9c]|\x1b\\\\|(?=\x1b.)", re.S)
 PENDING_LIMIT = 4096
 
 
@@ -49,10 +49,6 @@ class EscapeFilter:
         self._keep = {"link"} | ({"color"} if colors else set()) | ({"move"} if moves else set())
         if not colors and not moves:
             self._keep.clear()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what is unfinished: the text that follows comes from elsewhere."""
         self._pending = ""
         self._in_string = False
 
@@ -65,9 +61,11 @@ class EscapeFilter:
         at = 0
         while True:
             if self._in_string:
-                at = self._after_string(text, at)
-                if self._in_string:
+                end = _STRING_END.search(text, at)
+                if end is None:
+                    self._pending = "\x1b" if text.endswith("\x1b", at) else ""    # of ESC \, cut in two
                     break
+                self._in_string, at = False, end.end()
             found = _SUSPECT.search(text, at)
             if found is None:
                 kept.append(text[at:])
@@ -87,19 +85,6 @@ class EscapeFilter:
             elif sequence.lastgroup == "string":
                 self._in_string = True
         return "".join(kept)
-
-    def _after_string(self, text: str, at: int) -> int:
-        end = _STRING_END.search(text, at)
-        if end is None:
-            return len(text)
-        if end.group() == "\x1b":
-            if end.end() == len(text):      # ESC \ cut in two
-                self._pending = "\x1b"
-                return len(text)
-            self._in_string = False
-            return end.end() + 1 if text[end.end()] == "\\" else end.start()
-        self._in_string = False
-        return end.end()
 
 
 class NoFilter(EscapeFilter):
