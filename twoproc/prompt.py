@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -174,27 +174,13 @@ class SavedHistory(History):
     `%%private` cells are remembered until the program ends and are not in the file.
     """
 
-    _loaded: bool           # History's own: _loaded_strings, the newest first, are there
-    _loaded_strings: list[str]
+    _loaded_strings: list[str]      # History's own, the newest first
 
     def __init__(self, path: str | None, limit: int):
         super().__init__()
         self._path, self._limit = path, limit
-        self._own: set[str] = set()
-        self._others: dict[str, None] = {}      # the oldest first, none of them in _own
-
-    async def load(self) -> AsyncGenerator[str, None]:
-        self._load()
-        for string in [*self._loaded_strings, *reversed(self._others)]:
-            yield string
-
-    def get_strings(self) -> list[str]:
-        return [*self._others, *reversed(self._loaded_strings)]
-
-    def _load(self) -> None:
-        if not self._loaded:
-            self._loaded_strings, self._loaded = list(self.load_history_strings()), True
-            self._own = set(self._loaded_strings)
+        self._loaded_strings, self._loaded = list(self.load_history_strings()), True
+        self._own = len(self._loaded_strings)       # the first so many are the user's
 
     def load_history_strings(self) -> Iterable[str]:
         lines: list[str] = []
@@ -207,7 +193,7 @@ class SavedHistory(History):
                 entry = json.loads(line)
                 if isinstance(entry, str):
                     entries.setdefault(entry)
-        return list(entries)
+        return entries
 
     def store_string(self, string: str) -> None:
         if self._path is None or is_private(string):
@@ -220,26 +206,21 @@ class SavedHistory(History):
             self._path = None       # a full or read-only disk: the session goes on with what is in memory
 
     def append_string(self, string: str) -> None:
-        if not self._loaded_strings or self._loaded_strings[0] != string:
-            self._own.add(string)
-            self._others.pop(string, None)
+        if self._loaded_strings[:1] != [string]:
+            self._own += 1
             super().append_string(string)
 
     def merge(self, entries: list[str]) -> None:
         """What the kernel remembers, the oldest first, from before we heard of it."""
-        self._load()
-        older = dict.fromkeys(entry for entry in reversed(entries)
-                              if entry not in self._own and entry not in self._others and not is_private(entry))
-        self._others = {**dict.fromkeys(reversed(older)), **self._others}
+        known = set(self._loaded_strings)
+        self._loaded_strings += [entry for entry in dict.fromkeys(reversed(entries))
+                                 if entry not in known and not is_private(entry)]
 
     def hear(self, entry: str) -> None:
         """Somebody else's input, just now."""
-        self._load()
-        if entry not in self._own and not is_private(entry):
-            self._others.pop(entry, None)
-            self._others[entry] = None
-            if len(self._others) > self._limit:
-                del self._others[next(iter(self._others))]
+        if entry not in self._loaded_strings[:self._own] and not is_private(entry):
+            self._loaded_strings.insert(self._own, entry)
+            del self._loaded_strings[self._own + self._limit:]
 
 
 def history_path() -> str | None:
