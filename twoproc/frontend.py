@@ -39,13 +39,20 @@ INSISTING_SECONDS = 2.0
 
 def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:      # the shell has closed the descriptor
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    sys.stdout.reconfigure(errors="backslashreplace")       # lone surrogates; a locale that is not UTF-8
     try:
         settings = config.load(arguments)
         if arguments.show_config:
             print(settings.show())
             return 0
         if arguments.list:
-            return list_kernels()
+            connection.remove_stale()
+            for line in kernel_lines():
+                print(line)
+            return 0
         return run(arguments, settings)
     except (config.ConfigError, connection.ConnectionFileError, launcher.LaunchError) as error:
         return fail(str(error), error.exit_code)
@@ -55,6 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except OSError as error:
         return fail(str(error), 1)
+    except Exception as error:      # ours; the user's session must not end in a page of our source
+        import tempfile
+        import traceback
+        with tempfile.NamedTemporaryFile("w", prefix="twoproc-error-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        return fail(f"internal error: {type(error).__name__}: {error}; the details are in {file.name}", 1)
     finally:
         _close_stdout()
 
@@ -88,8 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, settings: config.Settings) -> int:
     source = read_code(arguments)
-    has_terminal = _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
-    is_batch = (source is not None or not _is_terminal(sys.stdin)) and not (arguments.interactive and has_terminal)
+    has_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    is_batch = (source is not None or not sys.stdin.isatty()) and not (arguments.interactive and has_terminal)
     is_plain = is_batch or arguments.plain or arguments.json or not has_terminal or (
         os.environ.get("TERM", "dumb") in ("dumb", "unknown", "emacs"))
     # IPYKERNEL_CELL_NAME: the script's own name in tracebacks.
@@ -103,9 +116,8 @@ def run(arguments: argparse.Namespace, settings: config.Settings) -> int:
         start.end()     # not started for a terminal that cannot be
         return fail(f"{error}; the terminal needs prompt_toolkit, which comes with IPython: use --plain", 1)
     another = argparse.Namespace(**{**vars(arguments), "existing": None, "name": None})
-    return _guarded(lambda: Terminal(
-        start, settings, start_another=lambda: Start(another, settings, keep=True), keep=arguments.keep,
-        is_quiet=arguments.quiet, source=source).run())
+    return Terminal(start, settings, start_another=lambda: Start(another, settings, keep=True), keep=arguments.keep,
+                    is_quiet=arguments.quiet, source=source).run()
 
 
 def read_code(arguments: argparse.Namespace) -> Source | None:
@@ -138,57 +150,21 @@ class Source:
         return "\n".join([*lines, "del sys"])
 
 
-def list_kernels() -> int:
-    connection.remove_stale()
-    for line in kernel_lines():
-        print(line)
-    return 0
-
-
 def fail(text: str, exit_code: int) -> int:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError):
         print(f"twoproc: {text}", file=sys.stderr)
     return exit_code
-
-
-def _guarded(function: Callable[[], int]) -> int:
-    """Run the terminal; a mistake of ours is one line there and a traceback in a file."""
-    try:
-        return function()
-    except (OSError, connection.ConnectionFileError, launcher.LaunchError):
-        raise
-    except Exception as error:      # ours; the user's session must not end in a page of our source
-        import tempfile
-        import traceback
-        with tempfile.NamedTemporaryFile("w", prefix="twoproc-error-", suffix=".txt", delete=False) as file:
-            traceback.print_exc(file=file)
-        return fail(f"internal error: {type(error).__name__}: {error}; the details are in {file.name}", 1)
-
-
-def _is_terminal(stream: Any) -> bool:
-    try:
-        return stream is not None and stream.isatty()
-    except ValueError:      # closed
-        return False
 
 
 def _close_stdout() -> None:
     """Let nobody find out once more, as the interpreter ends, that nobody reads."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # -- without a terminal ----------------------------------------------------------------------------
-
-class Terminated(SystemExit):
-    """SIGTERM or SIGHUP: born in main, so that every `finally` on the way out is done."""
-
 
 class Plain:
     """Cells from a pipe, a script, -c or a plain prompt; results as text."""
@@ -203,10 +179,16 @@ class Plain:
         self._is_leaving = False        # SystemExit was raised: what IPython says about that is not for us
         self._keeps = False             # exit(keep_kernel=True)
         self._is_told = False           # the error was published; its reply holds it once more
-        self._column = 0
+        self._is_mid_line = False
+        from . import screen        # while the kernel boots
+        self.screen = screen
+        # A plain terminal: no escapes at all, but carriage returns and tabs.
+        self._gate = (screen.NoFilter() if settings["frontend.raw_escapes"]
+                      else screen.EscapeFilter(colors=False, moves=False))
 
     def run(self, source: Source | None, is_batch: bool) -> int:
-        previous = self._catch_signals()
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            signal.signal(number, self._terminate)
         try:
             from .client import Client, KernelDied, NotReady
             try:
@@ -215,7 +197,7 @@ class Plain:
                     self.is_python = (info.get("language_info") or {}).get("name", "python") == "python"
                     return self._run(source, is_batch)
             except KernelDied as died:
-                return fail(self._cause(died) + self._last_words(), DIED)
+                return fail(self._cause(died), DIED)
             except NotReady as error:
                 return fail(str(error), 2)
         except BrokenPipeError:
@@ -224,15 +206,11 @@ class Plain:
             return fail(f"cannot write the output: {error.strerror or error}", 1)
         finally:
             self._end_kernel()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
-    def _catch_signals(self) -> dict[int, Any]:
-        def end(number: int, frame: Any) -> None:
-            signal.signal(number, signal.SIG_IGN)
-            raise Terminated(128 + number)
-        numbers = [signal.SIGTERM] + [number for number in [getattr(signal, "SIGHUP", None)] if number is not None]
-        return {number: signal.signal(number, end) for number in numbers}
+    def _terminate(self, number: int, frame: Any) -> None:
+        """SIGTERM or SIGHUP is born in main, so that every `finally` on the way out is done."""
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + number)
 
     def _end_kernel(self) -> None:
         if self.start.process is None or self.arguments.keep or self._keeps:
@@ -246,28 +224,25 @@ class Plain:
                     self.start.process.kill()
 
     def _cause(self, died: KernelDied) -> str:
-        """By the log, if there is one, that knows more than how the process ended."""
+        """By the log, if there is one, that knows more than how the process ended; and its last words."""
         from . import death
         dead = death.obituary(self.start.connection_file, self.client)
-        return dead.line() if dead is not None and (dead.death.cell or dead.death.line) else str(died)
-
-    def _last_words(self) -> str:
-        words = self.start.process.last_words() if self.start.process is not None else []
-        return "".join("\n  " + line for line in words)
+        cause = dead.line() if dead is not None and (dead.death.cell or dead.death.line) else str(died)
+        return "\n  ".join([cause, *(self.start.process.last_words() if self.start.process is not None else [])])
 
     def _run(self, source: Source | None, is_batch: bool) -> int:
         if source is not None:
             return self._run_source(source)
         if not is_batch or self.arguments.interactive:
             return self._run_lines(has_prompt=not is_batch)
-        text = sys.stdin.read() if sys.stdin is not None else ""
+        text = sys.stdin.read()
         if self.is_python:
             from .cells import split_cells
             cells = split_cells(text)
         else:
             cells = [text] if text.strip() else []
         # What follows the code on the pipe was read with it: input() finds the end.
-        return self._run_all(cells, lambda prompt, password: _raise(EOFError()))
+        return self._run_all(cells, self._end_of_input)
 
     def _run_source(self, source: Source) -> int:
         if self.is_python:
@@ -276,7 +251,7 @@ class Plain:
         status = self._run_all([source.code], self._ask)
         if self.arguments.interactive and not self._is_leaving:
             self.shows_values = True
-            return self._run_lines(has_prompt=_is_terminal(sys.stdin))
+            return self._run_lines(has_prompt=sys.stdin.isatty())
         return status
 
     def _run_all(self, cells: list[str], on_input: Callable[[str, bool], str]) -> int:
@@ -329,15 +304,14 @@ class Plain:
 
     def _read_line(self, prompt: str) -> str:
         self._prompt(prompt)
-        line = sys.stdin.readline() if sys.stdin is not None else ""
+        line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.rstrip("\n")
+        return line.removesuffix("\n")
 
     def _prompt(self, text: str) -> None:
         if self.has_prompt:
-            stream = sys.stdout if _is_terminal(sys.stdout) else sys.stderr
-            self._write(stream, text)
+            self._write(sys.stdout if sys.stdout.isatty() else sys.stderr, text)
 
     # -- one cell
 
@@ -359,7 +333,7 @@ class Plain:
                     raise
                 interrupted_at = now
                 self.client.interrupt_nowait()
-        content = reply.content if reply is not None else {}
+        content = reply.content
         if type(content.get("execution_count")) is int:
             self.count = content["execution_count"] + 1
         for part in content.get("payload") or []:
@@ -386,11 +360,10 @@ class Plain:
         return 130 if content.get("ename") == "KeyboardInterrupt" else 1
 
     def _handle_payload(self, part: Any) -> None:
-        from . import screen
         source = part.get("source") if isinstance(part, dict) else None
         if source == "page":
-            self._write(sys.stdout, screen.without_escapes(
-                screen.text_of(part.get("data") or {"text/plain": str(part.get("text", ""))})).rstrip("\n") + "\n")
+            self._write(sys.stdout, self.screen.without_escapes(
+                self.screen.text_of(part.get("data") or {"text/plain": str(part.get("text", ""))})).rstrip("\n") + "\n")
         elif source == "set_next_input":
             self.next_input = str(part.get("text", ""))
         elif source in ("edit", "edit_magic"):
@@ -400,14 +373,15 @@ class Plain:
 
     def _ask(self, prompt: str, password: bool) -> str:
         """A line of our stdin for the cell's input(); the prompt goes where python's would."""
-        if password and _is_terminal(sys.stdin):
+        if password and sys.stdin.isatty():
             import getpass
             return getpass.getpass(prompt, sys.stderr)
-        self._write(sys.stdout if _is_terminal(sys.stdout) or not self.has_prompt else sys.stderr, prompt)
-        line = sys.stdin.readline() if sys.stdin is not None else ""
-        if not line:
-            raise EOFError
-        return line.removesuffix("\n")
+        if not self.has_prompt:
+            self._write(sys.stdout, prompt)
+        return self._read_line(prompt)
+
+    def _end_of_input(self, prompt: str, password: bool) -> str:
+        raise EOFError
 
     # -- output
 
@@ -429,7 +403,7 @@ class Plain:
 
     def show_execute_result(self, content: dict) -> None:
         if self.shows_values:
-            head = f"Out[{content.get('execution_count')}]: " if self.has_prompt and _is_terminal(sys.stdout) else ""
+            head = f"Out[{content.get('execution_count')}]: " if self.has_prompt and sys.stdout.isatty() else ""
             text = self._text_of(content)
             self._fresh_line()
             self._write(sys.stdout, head + ("\n" if head and "\n" in text else "") + text + "\n")
@@ -447,43 +421,24 @@ class Plain:
         self._write(sys.stderr, self._traceback(content))
 
     def _traceback(self, content: dict) -> str:
-        from . import screen
-        return screen.without_escapes(screen.traceback_of(content)).rstrip("\n") + "\n"
+        return self.screen.without_escapes(self.screen.traceback_of(content)).rstrip("\n") + "\n"
 
     def _text_of(self, content: dict) -> str:
-        from . import screen
         data = content.get("data")
-        return screen.text_of(data if isinstance(data, dict) else {}).rstrip("\n")
+        return self.screen.text_of(data if isinstance(data, dict) else {}).rstrip("\n")
 
     def _fresh_line(self) -> None:
-        if self._column and _is_terminal(sys.stdout):
+        if self._is_mid_line and sys.stdout.isatty():
             self._write(sys.stdout, "\n")
 
     def _write(self, stream: Any, text: str) -> None:
         """Everything that is shown goes through here, at once: whoever reads the other end is waiting."""
-        if stream is None:
-            return
-        if _is_terminal(stream):
-            from . import screen
-            text = self._gate.feed(text) if hasattr(self, "_gate") else self._make_gate(screen).feed(text)
+        if stream.isatty():
+            text = self._gate.feed(text)
             if text:
-                self._column = len(text) - 1 - text.rfind("\n")
-        try:
-            stream.write(text)
-        except UnicodeEncodeError:      # lone surrogates, or a locale that is not UTF-8
-            encoding = stream.encoding or "ascii"
-            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                self._is_mid_line = not text.endswith("\n")
+        stream.write(text)
         stream.flush()
-
-    def _make_gate(self, screen: Any) -> Any:
-        """A plain terminal: no escapes at all, but carriage returns and tabs."""
-        self._gate = (screen.NoFilter() if self.settings["frontend.raw_escapes"]
-                      else screen.EscapeFilter(colors=False, moves=False))
-        return self._gate
-
-
-def _raise(error: BaseException) -> Any:
-    raise error
 
 
 if __name__ == "__main__":
