@@ -115,9 +115,11 @@ def run(arguments: argparse.Namespace, settings: config.Settings) -> int:
     except ImportError as error:
         start.end()     # not started for a terminal that cannot be
         return fail(f"{error}; the terminal needs prompt_toolkit, which comes with IPython: use --plain", 1)
-    another = argparse.Namespace(**{**vars(arguments), "existing": None, "name": None})
-    return Terminal(start, settings, start_another=lambda: Start(another, settings, keep=True), keep=arguments.keep,
-                    is_quiet=arguments.quiet, source=source).run()
+
+    def new_start(existing: str | None) -> Start:
+        return Start(argparse.Namespace(**{**vars(arguments), "existing": existing, "name": None}), settings, keep=True)
+    return Terminal(start, settings, new_start=new_start, keep=arguments.keep, is_quiet=arguments.quiet,
+                    source=source).run()
 
 
 def read_code(arguments: argparse.Namespace) -> Source | None:

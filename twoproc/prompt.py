@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -47,9 +48,8 @@ class Prompt:
         self.language = "python"
         self.lexer: Lexer = SimpleLexer()
         self.note = ""              # a word in the toolbar, gone with the next Enter
-        self.is_away = False        # an editor has the screen
         self.history = SavedHistory(history_path(), settings["frontend.history_lines"])
-        completer = KernelCompleter(client, settings["frontend.complete_seconds"], lambda: tell("note", "kernel busy"))
+        completer = KernelCompleter(client, settings["frontend.complete_seconds"], self._note_busy)
         self.session: PromptSession = PromptSession(
             message=self._message, prompt_continuation=self._continuation, multiline=True,
             editing_mode=EditingMode.VI if settings["frontend.editing"] == "vi" else EditingMode.EMACS,
@@ -58,6 +58,11 @@ class Prompt:
             lexer=DynamicLexer(lambda: self.lexer), style=style_of(settings["frontend.colors"]) if colors else None,
             include_default_pygments_style=False, key_bindings=self._keys(), enable_suspend=True,
             color_depth=ColorDepth.DEPTH_4_BIT if colors else ColorDepth.DEPTH_1_BIT)
+
+    def _note_busy(self) -> None:
+        """Run by the thread that completes, as prompt_toolkit allows."""
+        self.note = "kernel busy"
+        self.session.app.invalidate()
 
     def _message(self) -> FormattedText:
         mode: list = []
@@ -78,10 +83,6 @@ class Prompt:
         def _enter(event: Any) -> None:
             self._enter(event.current_buffer)
 
-        @keys.add("escape", "enter", filter=is_typing)
-        def _run_as_it_is(event: Any) -> None:
-            event.current_buffer.validate_and_handle()
-
         @keys.add("c-o", filter=is_typing)
         def _new_line(event: Any) -> None:
             event.current_buffer.insert_text("\n")
@@ -98,20 +99,13 @@ class Prompt:
         @keys.add("c-x", "c-e", filter=emacs_insert_mode & has_focus(DEFAULT_BUFFER))
         @keys.add("v", filter=vi_navigation_mode & has_focus(DEFAULT_BUFFER))
         def _edit(event: Any) -> None:
-            self.is_away = True
-            task = event.current_buffer.open_in_editor()
-            task.add_done_callback(self._come_back)
+            event.current_buffer.open_in_editor()
 
         @keys.add("c-\\")
         def _detach(event: Any) -> None:
             self._tell("detach")
 
         return keys
-
-    def _come_back(self, task: Any) -> None:
-        self.is_away = False
-        error = None if task.cancelled() else task.exception()
-        self._tell("say", "the editor could not be run: %s" % error if error else "")
 
     def _is_in_indentation(self) -> bool:
         document = self.session.default_buffer.document
@@ -125,19 +119,16 @@ class Prompt:
             else:
                 buffer.cancel_completion()
             return
-        document = buffer.document
-        is_at_end = not document.text_after_cursor.strip() or document.line_count == 1
-        if not is_at_end:
-            buffer.insert_text("\n" + _indentation_of(document.current_line_before_cursor))
+        document, text = buffer.document, buffer.text
+        if document.text_after_cursor.strip() and document.line_count > 1:
+            buffer.newline()        # as far in as this line
             return
-        text = document.text
-        status, indent = self._check_complete(text.rstrip() + "\n" if _ends_empty(text) else text)
+        status, indent = self._check_complete(re.sub(r"\n\s*$", "\n", text))
         if status == "incomplete":
-            buffer.cursor_position = len(document.text)
+            buffer.cursor_position = len(text)
             buffer.insert_text("\n" + indent)
         else:
-            if "\n" in text:
-                buffer.document = Document(text.rstrip())
+            buffer.document = Document(text.rstrip() if "\n" in text else text)
             self.note = ""
             buffer.validate_and_handle()
 
@@ -158,14 +149,6 @@ class Prompt:
         if status == "incomplete":
             return "incomplete", str(content.get("indent") or "")
         return ("complete", "") if status in ("complete", "invalid") else local
-
-
-def _ends_empty(text: str) -> bool:
-    return "\n" in text and not text.rpartition("\n")[2].strip()
-
-
-def _indentation_of(line: str) -> str:
-    return line[:len(line) - len(line.lstrip())]
 
 
 class SavedHistory(History):
@@ -276,8 +259,7 @@ class Invisible(Processor):
 def lexer_of(language: dict) -> Lexer:
     """The lexer that the kernel recommends; plain text if pygments does not know it."""
     wanted = language.get("pygments_lexer") or language.get("name") or "python"
-    if isinstance(wanted, dict):
-        wanted = wanted.get("name", "text")
+    wanted = wanted.get("name") if isinstance(wanted, dict) else wanted
     try:
         if wanted in ("ipython3", "ipython", "python", "python3"):
             # By name pygments would look through all installed packages for it.
@@ -295,9 +277,9 @@ def lexer_of(language: dict) -> Lexer:
 def style_of(colors: str) -> Style:
     """The sixteen colours of the terminal's own theme, so that it decides what they look like."""
     string, comment, function = {
+        "auto": ("ansiyellow", "ansibrightblack", "ansiblue"),
         "light": ("ansired", "ansigray", "ansiblue"),
-        "dark": ("ansiyellow", "ansibrightblack", "ansibrightblue"),
-    }.get(colors, ("ansiyellow", "ansibrightblack", "ansiblue"))
+        "dark": ("ansiyellow", "ansibrightblack", "ansibrightblue")}[colors]
     return Style.from_dict({
         "prompt": "ansigreen", "prompt.number": "ansibrightgreen bold",
         "pygments.keyword": "ansigreen", "pygments.keyword.constant": "ansigreen",

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import os
 import queue
 import re
@@ -42,7 +43,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.lexers import Lexer
 
 from . import connection, death, screen
-from .client import Client, KernelDied
+from .client import END_OF_INPUT, Client, KernelDied
 from .launcher import LaunchError
 from .painter import Painter
 from .prompt import Invisible, Prompt, lexer_of
@@ -57,7 +58,7 @@ MUFFLED_SECONDS = 1.0
 PRESENCE_SECONDS = 600.0
 WRITE_CHARS = 1 << 15       # between two looks for Ctrl-C while much is written
 SHOWN_BYTES = 1 << 20       # of the log, at most, when the user asks for it
-REDRAW_SECONDS = 0.03       # at most so often is a prompt redrawn for the sake of output above it
+REDRAW_SECONDS = 0.03       # so long output above a prompt waits for more: each time the prompt is drawn again
 
 
 class Inbox:
@@ -86,20 +87,12 @@ class Inbox:
         except queue.Empty:
             return items
 
-    def get_nowait(self) -> list[tuple]:
-        return self.get(0) if not self._items.empty() else []
-
-
-class _NoAnswer(Exception):
-    """A question of the kernel's is left open."""
-
 
 class Cell:
     """Our request that runs, or waits its turn."""
 
     def __init__(self, pending: Any, count: int | None):
         self.pending = pending
-        self.msg_id = pending.msg_id
         self.count: Any = count         # execution_count; None while it waits behind somebody else's cell
         self.reply: Message | None = None
         self.replied_at = 0.0
@@ -111,14 +104,14 @@ class Cell:
 class Terminal:
     """One user, one terminal, one kernel at a time.
 
-    start: a start.Start.  start_another: returns the Start of a fresh kernel.  keep: leaving never ends the
-    kernel.  source: a frontend.Source to run before the first prompt.
+    start: a start.Start.  new_start: returns that of another kernel, by its name, or for None of a fresh one.
+    keep: leaving never ends the kernel.  source: a frontend.Source to run before the first prompt.
     """
 
-    def __init__(self, start: Any, settings: Any, *, start_another: Callable[[], Any], keep: bool = False,
+    def __init__(self, start: Any, settings: Any, *, new_start: Callable[[str | None], Any], keep: bool = False,
                  is_quiet: bool = False, source: Any = None):
         self.settings = settings
-        self.start, self.start_another = start, start_another
+        self.start, self.new_start = start, new_start
         self.keep, self.is_quiet, self.source = keep, is_quiet, source
         self.inbox = Inbox()
         self.client: Client | None = None
@@ -136,7 +129,7 @@ class Terminal:
         self.is_settled = False             # the kernel was found, or was not
         self._has_looked_back = False       # for sessions that ended badly before
         self._early: list[tuple[Client, Message, bool]] = []    # heard before the client was ready
-        self._interrupts = self._interrupts_forgotten = 0   # SIGINTs; those up to this one were for somebody else
+        self._interrupts = 0                # SIGINTs so far
         self._app: Any = None
         colors = settings["frontend.colors"] != "off" and not os.environ.get("NO_COLOR")
         images = screen.image_protocol(dict(os.environ)) if settings["frontend.images"] == "auto" else None
@@ -145,6 +138,7 @@ class Terminal:
         self.answers = InMemoryHistory()
         self.prompt = Prompt(settings, colors, lambda: None if self.died is not None else self.client, self.inbox.put)
         self.session = self.prompt.session
+        self.session.app.before_render += self._draw_toolbar
 
     @property
     def process(self) -> Any:
@@ -186,18 +180,18 @@ class Terminal:
     def _catch_signals(self) -> None:
         def interrupt(*_: Any) -> None:
             self._interrupts += 1
-            self.inbox.put("interrupt", self._interrupts)
+            self.inbox.put("interrupt")
         signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGQUIT, lambda *_: self.inbox.put("detach"))
         # The kernel outlives a lost terminal: losing work is worse than an orphan, and --list shows it.
-        signal.signal(signal.SIGTERM, lambda *_: self.inbox.put("detach"))
+        for number in (signal.SIGQUIT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.inbox.put("detach"))
 
     def connect(self) -> None:
         """Find the kernel in a thread; "ready" or "failed" comes into the inbox."""
         if self.client is not None:
             self.client.close(0.5)
         self.client, self.connect_error, self.died, self.busy = None, None, None, None
-        self.prompt.count, self.is_settled = 1, False
+        self.prompt.count, self.is_settled, self._is_death_told = 1, False, False
         self.others.clear()
         threading.Thread(target=self._connect, args=(self.start,), name="twoproc-connect", daemon=True).start()
 
@@ -210,21 +204,20 @@ class Terminal:
                             self.settings["frontend.catch_up"] if start.process is None else 0)
             client.watch(lambda state: self.inbox.put(state, client))
             info = client.wait_ready().content
-            inputs: list = []
+            language = info.get("language_info") or {}
+            entries: list = []
             if start.process is None:
                 with contextlib.suppress(TimeoutError):
                     entries = client.history("range", session=0, start=1, timeout=1.0).content.get("history") or []
-                    self.inbox.put("count", client, max((entry[1] for entry in entries), default=0) + 1)
-                    inputs = [entry[2] for entry in entries]
-            self.inbox.put("ready", start, client, info)
-            self.inbox.put("lexer", lexer_of(info.get("language_info") or {}))
+            count = max((entry[1] for entry in entries), default=0) + 1
+            self.inbox.put("ready", start, client, str(language.get("name") or "python").lower(), count)
+            # All that follows can be done without for a moment.
+            lexer = lexer_of(language)
             with contextlib.suppress(TimeoutError):
-                entries = client.history("tail", n=1000, timeout=2.0).content.get("history") or []
-                inputs[:0] = [entry[2] for entry in entries]
-            self.inbox.put("history", inputs)
-            if not self._has_looked_back:
-                self._has_looked_back = True
-                self.inbox.put("say", death.news())
+                entries[:0] = client.history("tail", n=1000, timeout=2.0).content.get("history") or []
+            news = "" if self._has_looked_back else death.news()
+            self._has_looked_back = True
+            self.inbox.put("details", client, lexer, [entry[2] for entry in entries], news)
         except Exception as error:      # whatever it is, main shows it in one line and says what can be done
             if client is None or client is not self.client:
                 self.inbox.put("failed", start, error)
@@ -270,7 +263,7 @@ class Terminal:
         self.painter.show(messages)
 
     def _is_mine(self, message: Message) -> bool:
-        return self.cell is not None and message.parent_header.get("msg_id") == self.cell.msg_id
+        return self.cell is not None and message.parent_header.get("msg_id") == self.cell.pending.msg_id
 
     def _speaker(self, message: Message) -> str | None:
         """None for us, and for what the kernel says by itself; else the name of who caused it."""
@@ -303,7 +296,8 @@ class Terminal:
         """Who is there, who is busy, which number comes next."""
         who = self._speaker(message)
         parent = message.parent_header
-        said = time.monotonic() - _age(message) if is_past else time.monotonic()
+        # By the kernel's clock only for what is past: it may run on another machine.
+        said = max(0.0, timestamp(message.header.get("date"))) if is_past else time.time()
         if who is not None:
             self.others[str(parent.get("session"))] = who, said
         state = message.content.get("execution_state") if message.msg_type == "status" else None
@@ -316,67 +310,48 @@ class Terminal:
             elif who is not None:
                 self.busy = str(parent.get("msg_id")), who, count, said
                 self.prompt.history.hear(str(message.content.get("code", "")))
-                self._refresh()
-        elif state == "busy" and who is not None and parent.get("msg_type") == "execute_request":
-            if self.busy is None or self.busy[0] != parent.get("msg_id"):
-                self.busy = str(parent.get("msg_id")), who, "?", said
         elif state == "idle":
             if self._is_mine(message):
                 self.cell.is_idle = True
             elif self.busy is not None and self.busy[0] == parent.get("msg_id"):
                 self.busy = None
                 self.painter.flush_lines()
-            self._refresh()
 
-    def handle_ready(self, start: Any, client: Client, info: dict) -> None:
+    def handle_ready(self, start: Any, client: Client, language: str, count: int) -> None:
         if start is not self.start:
             client.close(0)
             return
         self.client, self.is_settled = client, True
+        self.prompt.language, self.prompt.count = language, max(self.prompt.count, count)
         early, self._early = [entry for entry in self._early if entry[0] is client], []
         self._show_past([message for _, message, is_past in early if is_past])
         self._handle([("iopub", *entry) for entry in early if not entry[2]])
-        language = info.get("language_info") or {}
-        self.prompt.language = str(language.get("name") or "python").lower()
+
+    def handle_details(self, client: Client, lexer: Lexer, inputs: list, news: str) -> None:
+        if client is self.client:
+            self.prompt.lexer = lexer
+            self.prompt.history.merge([entry for entry in inputs if isinstance(entry, str)])
+            if news:
+                self.painter.say(news)
 
     def handle_failed(self, start: Any, error: Exception) -> None:
         if start is self.start and self.client is None:
             self.connect_error, self.is_settled = error, True
             self._interrupt_prompt(self._choose_after_failure)
 
-    def handle_lexer(self, lexer: Lexer) -> None:
-        self.prompt.lexer = lexer
-        self._refresh()
-
-    def handle_count(self, client: Client, count: int) -> None:
-        if self.client in (None, client):
-            self.prompt.count = max(self.prompt.count, count)
-
-    def handle_history(self, entries: list) -> None:
-        self.prompt.history.merge([entry for entry in entries if isinstance(entry, str)])
-
-    def handle_say(self, text: str) -> None:
-        """A line of another thread's, or nothing: then what was said while an editor had the screen is shown now."""
-        if text:
-            self.painter.say(text)
-
-    def handle_note(self, text: str) -> None:
-        self.prompt.note = text
-        self._refresh()
-
     def handle_message(self, message: Message) -> None:
         """Of our own request: its reply, or a question."""
-        if self.cell is None or message.parent_header.get("msg_id") != self.cell.msg_id:
+        if self.cell is None or message.parent_header.get("msg_id") != self.cell.pending.msg_id:
             return
         if message.msg_type == "execute_reply":
             self.cell.reply, self.cell.replied_at = message, time.monotonic()
             self._end_question()
         elif message.msg_type == "input_request":
-            self.actions.append(self._answer)
+            self.actions.append(functools.partial(self._answer, message))
 
-    def handle_interrupt(self, number: int) -> None:
+    def handle_interrupt(self) -> None:
         """SIGINT: Ctrl-C while no prompt is up, or sent by somebody."""
-        if self.cell is not None and self._app is None and number > self._interrupts_forgotten:
+        if self.cell is not None and self._app is None:
             self._interrupt_cell()
 
     def handle_detach(self) -> None:
@@ -389,8 +364,7 @@ class Terminal:
     def handle_died(self, client: Client) -> None:
         if client is not self.client or self.died is not None:
             return
-        self.died, self._is_death_told = client.died.cause if client.died else "unknown cause", False
-        self.busy = None
+        self.died, self.busy = client.died.cause if client.died else "unknown cause", None
         if self.cell is not None:
             self.cell.lost = self.died
             self._end_question()
@@ -403,11 +377,10 @@ class Terminal:
     def handle_alive(self, client: Client) -> None:
         """A successor answers at the same address."""
         if client is self.client and self.died is not None:
-            self.died = None
+            self.died, self._is_death_told = None, False
             self.prompt.count = 1
             self.painter.say("kernel %s is back" % self.name)
             self._end_question()
-            self._refresh()
 
     # -- a prompt, with the inbox behind it
 
@@ -423,66 +396,54 @@ class Terminal:
 
         def pre_run() -> None:
             loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-            is_scheduled = False
-            drawn_at = 0.0
+            is_planned = False
 
             def drain() -> None:
-                nonlocal is_scheduled, drawn_at
-                is_scheduled = False
-                if self._app is not None and self._app.is_running and not self._app.is_done and not self.prompt.is_away:
-                    self._drain_above_prompt()
-                    drawn_at = loop.time()
-
-            def plan() -> None:
-                loop.call_later(max(0.0, drawn_at + REDRAW_SECONDS - loop.time()), drain)
+                nonlocal is_planned
+                is_planned = False
+                # Not while an editor has the screen, which takes what has collected meanwhile with the next tick.
+                if self._app is not None and not self._app.is_done and not self._app._running_in_terminal:
+                    self._draw_above_prompt()
 
             def wake() -> None:
-                nonlocal is_scheduled
-                if not is_scheduled:
-                    is_scheduled = True
+                nonlocal is_planned
+                if not is_planned:
+                    is_planned = True
                     # RuntimeError: the loop has just ended; what was put is found by the next wait.
                     with contextlib.suppress(RuntimeError):
-                        loop.call_soon_threadsafe(plan, context=context)
+                        loop.call_soon_threadsafe(loop.call_later, REDRAW_SECONDS, drain, context=context)
 
             def tick() -> None:
                 """Every second: the time in the toolbar, half lines that have waited long enough."""
-                if self.painter.has_unfinished_lines and not self.prompt.is_away:
-                    self.painter.flush_old_lines()
-                    self._draw_above_prompt()
-                if self._update_toolbar():
-                    self._app.invalidate()
+                self.painter.flush_old_lines()
+                drain()
                 loop.call_later(1.0, tick)
 
             self.inbox.wake = wake
-            wake()
+            loop.call_soon(drain)
             loop.call_later(1.0, tick)
 
         try:
             return session.prompt(pre_run=pre_run, handle_sigint=False, set_exception_handler=False, **options)
         finally:
-            self.inbox.wake = None
-            self._app = None
+            self.inbox.wake = self._app = None
             session.app.erase_when_done = False
             self.painter.is_prompt_up = False
 
-    def _drain_above_prompt(self) -> None:
-        self._handle(self.inbox.get_nowait())
-        self._draw_above_prompt()
-
     def _draw_above_prompt(self) -> None:
-        text = self.painter.take()
-        if self._update_toolbar() and not text:
-            self._app.invalidate()
-        if not text or self._app is None or self._app.is_done:
-            if text:
-                self._write(text)
+        items = self.inbox.get(0)
+        self._handle(items)
+        if self._app.is_done:       # by what was handled: the text comes behind it
             return
+        text = self.painter.take()
         # As prompt_toolkit's run_in_terminal does it, but at once, and without giving the keyboard back to
         # the terminal meanwhile: what is typed in that moment would be echoed into the output.
-        self._app.renderer.erase()
-        self._write(text)
-        self._app.renderer.request_absolute_cursor_position()
-        self._app.invalidate()
+        if text:
+            self._app.renderer.erase()
+            self._write(text)
+            self._app.renderer.request_absolute_cursor_position()
+        if items or text or self._toolbar() != self.session.bottom_toolbar:
+            self._app.invalidate()
 
     def _interrupt_prompt(self, action: Callable[[], None] | None) -> None:
         """End the prompt that is up, keeping what is half typed, and have main do something else first."""
@@ -500,13 +461,7 @@ class Terminal:
         if self._app is not None and self._app is not self.session.app:
             self._interrupt_prompt(None)
 
-    def _refresh(self) -> None:
-        if self._app is not None and self._app is self.session.app:
-            self._app.invalidate()
-
-    def _update_toolbar(self) -> bool:
-        """True if there is one, or was."""
-        before = self.session.bottom_toolbar
+    def _toolbar(self) -> str | None:
         parts = []
         if self.died is not None:
             parts.append("no kernel")
@@ -514,23 +469,20 @@ class Terminal:
             parts.append("no answer for %d s" % self.client.silence)
         if self.busy is not None:
             _, who, count, since = self.busy
-            parts.append("busy: %s In [%s] %d:%02d" % (who, count, *divmod(int(time.monotonic() - since), 60)))
+            parts.append("busy: %s In [%s] %d:%02d" % (who, count, *divmod(max(0, int(time.time() - since)), 60)))
         if self.prompt.note:
             parts.append(self.prompt.note)
-        self.session.bottom_toolbar = " " + "   ".join(parts) if parts else None
-        return bool(before or parts)
+        return " " + "   ".join(parts) if parts else None
+
+    def _draw_toolbar(self, app: Any) -> None:
+        self.session.bottom_toolbar = self._toolbar()
 
     def _write(self, text: str) -> None:
         """The only place that writes to the screen beside prompt_toolkit."""
         interrupts = self._interrupts
         for at in range(0, len(text), WRITE_CHARS):
-            try:
-                sys.stdout.write(text[at:at + WRITE_CHARS])
-                sys.stdout.flush()
-            except UnicodeEncodeError:      # lone surrogates; a terminal that is not UTF-8
-                encoding = sys.stdout.encoding or "ascii"
-                sys.stdout.write(text[at:at + WRITE_CHARS].encode(encoding, "backslashreplace").decode(encoding))
-                sys.stdout.flush()
+            sys.stdout.write(text[at:at + WRITE_CHARS])
+            sys.stdout.flush()
             if at and self._interrupts > interrupts and self.cell is not None and self._app is None:
                 # The user wants this to end: neither the rest of this piece nor what comes behind it.
                 self._write("\x1b[0m\n" + self.painter.dim("... %s characters not shown\n" % format(
@@ -543,7 +495,6 @@ class Terminal:
         """What the user typed; None if there is something else to do first."""
         default, self.next_input = self.next_input or Document(), None
         self._write(self.painter.take() + "\n")
-        self._update_toolbar()
         try:
             return self._run_prompt(self.session, default=default)
         except KeyboardInterrupt:
@@ -568,24 +519,17 @@ class Terminal:
         """Send one input and stay with it until it is done, lost, or left alone."""
         if self.client is None and not self._wait_client():
             return
-        if self.died is not None:
-            self.next_input = _at_end(text)
+        try:
+            pending = self.client.execute_nowait(text, allow_stdin=True, on_message=self._hear)
+        except KernelDied as died:
+            self.died, self.next_input = self.died or died.cause, _at_end(text)
             self._choose_after_death()
             return
+        self.cell = cell = Cell(pending, None if self.busy else self.prompt.count)
         if self.busy is not None:
-            _, who, count, _ = self.busy
-            self.painter.say(self.painter.dim("queued (1 before: %s In [%s])" % (who, count)))
+            self.painter.say(self.painter.dim("queued (1 before: %s In [%s])" % self.busy[1:3]))
             self._write(self.painter.take())        # now: the next news may be that the other's is done
         self.painter.begin_cell()
-        try:
-            self.cell = cell = Cell(self.client.submit("execute_request", {
-                "code": text, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": True,
-                "stop_on_error": True}, on_message=self._hear), None if self.busy else self.prompt.count)
-        except KernelDied as died:
-            self.died, self._is_death_told, self.next_input = died.cause, False, _at_end(text)
-            self._choose_after_death()
-            return
-        self.painter.is_muffled = False
         while not self._is_over(cell):
             self.pump(self._patience(cell))
             while self.actions and self.cell is cell and not self._is_over(cell):
@@ -600,8 +544,6 @@ class Terminal:
                 self.lost = " while running In [%s], which is lost" % cell.count
             self._choose_after_death()
         elif cell.reply is not None:
-            if type(cell.reply.content.get("execution_count")) is int:
-                self.prompt.count = max(self.prompt.count, cell.reply.content["execution_count"] + 1)
             self._handle_payload(cell.reply.content.get("payload"))
 
     def _hear(self, message: Message) -> None:
@@ -627,7 +569,7 @@ class Terminal:
 
     def _wait_client(self) -> bool:
         """The first Enter may come before the kernel; it is not lost."""
-        while self.client is None and self.connect_error is None and self.exit_code is None:
+        while not self.is_settled and self.exit_code is None:
             self.pump(None)
         return self.client is not None
 
@@ -650,8 +592,7 @@ class Terminal:
         if cell is None or self.pump_until(lambda: self._is_over(cell), 0.5):
             return
         self.painter.unmuffle()
-        choice = self.choose("It does not stop. [w]ait [d]etach" + (" [r]estart [k]ill: " if self.process else ": "),
-                             "wdrk" if self.process else "wd", "w")
+        choice = self.choose("It does not stop. [w]ait [d]etach%s: " % (" [r]estart [k]ill" if self.process else ""))
         if cell is not self.cell or self._is_over(cell):
             return
         cell.interrupted_at = None
@@ -664,52 +605,43 @@ class Terminal:
 
     # -- questions of the kernel
 
-    def _answer(self) -> None:
-        """Let the pending request call `_ask`; its time limit is over as soon as the user has thought."""
+    def _answer(self, question: Message) -> None:
         cell = self.cell
-        self._was_asked = False
-        while not self._was_asked and cell is not None and cell.reply is None and cell.lost is None:
-            try:
-                cell.pending.wait(0.001, on_input=self._ask)
-            except TimeoutError:
-                continue
-            except (_NoAnswer, KernelDied, OSError):
-                return
-
-    def _ask(self, prompt: str, password: bool) -> str:
-        self._was_asked = True
+        if cell is None or cell.reply is not None or cell.lost is not None:
+            return
+        password = question.content.get("password") is True
         self.painter.flush_lines()
-        lead = self.painter.take_line()
-        message = lead + screen.EscapeFilter(colors=self.painter.colors, moves=False).feed(prompt)
+        message = self.painter.take_line() + screen.EscapeFilter(colors=self.painter.colors, moves=False).feed(
+            str(question.content.get("prompt", "")))
         session: PromptSession = PromptSession(
             message=ANSI(message), history=InMemoryHistory() if password else self.answers,
             enable_history_search=not password, input_processors=[Invisible()] if password else None,
             color_depth=self.session.color_depth, editing_mode=self.session.editing_mode)
         try:
             answer = self._run_prompt(session)
+        except EOFError:
+            answer = END_OF_INPUT
+        except KeyboardInterrupt:
+            answer = None
+            self.client.interrupt_nowait()      # the kernel's input() raises it there
         finally:
             self.painter.begin_cell()
-        if answer is None:
-            raise _NoAnswer     # the cell ended, or we leave, while the user was thinking
-        return answer
+        if answer is not None and cell.reply is None:   # else the cell ended, or we leave, while the user was thinking
+            self.client.answer(question, answer)
 
-    def choose(self, question: str, letters: str, default: str, at_end: str | None = None) -> str:
-        """One key out of `letters`; Enter, Ctrl-C and Ctrl-D mean `default`.
+    def choose(self, question: str, default: str = "") -> str:
+        """One of the letters in brackets, by one key; Enter means `default`, Ctrl-D [q]uit where there is one.
 
-        at_end: what Ctrl-D, or no more input, means instead; Ctrl-C is no answer then.
-        Empty for no answer, and if something else happened that ends the question.
+        Empty for no answer: by Ctrl-C, and if something else happened that ends the question.
         """
+        letters = re.findall(r"\[(\w)\]", question)
         keys = KeyBindings()
-        for letter in letters:
-            @keys.add(letter, eager=True)
-            @keys.add(letter.upper(), eager=True)
-            def _chosen(event: Any, letter: str = letter) -> None:
-                event.current_buffer.insert_text(letter)
-                event.app.exit(result=letter)
 
         @keys.add("<any>")
-        def _ignore(event: Any) -> None:
-            pass
+        def _chosen(event: Any) -> None:
+            if event.data.lower() in letters:
+                event.current_buffer.insert_text(event.data)
+                event.app.exit(result=event.data.lower())
 
         self.painter.flush_lines()
         self.painter.fresh_line()
@@ -718,9 +650,9 @@ class Terminal:
         try:
             answer = self._run_prompt(session)
         except KeyboardInterrupt:
-            return default if at_end is None else ""
+            return ""
         except EOFError:
-            return default if at_end is None else at_end
+            return "q" if "q" in letters else ""
         return "" if answer is None else answer or default
 
     def _keep_typed(self) -> bool:
@@ -756,42 +688,32 @@ class Terminal:
         if rows is not None and rows < height - 2:
             self.painter.say(text)
             return
-        command = shlex.split(os.environ.get("PAGER") or "less -R")
-        if command[:1] == ["less"] and "-R" not in command:
-            command.append("-R")
-        try:
-            self._write(self.painter.take())
-            pager = subprocess.Popen(command, stdin=subprocess.PIPE)
-        except (OSError, ValueError, IndexError):
+        # As git does it: less is to show colours, unless the user has told it something else.
+        if self._run_program(os.environ.get("PAGER") or "less", env={"LESS": "-R", **os.environ},
+                             input=text.encode("utf-8", "backslashreplace")) == 127:
             self.painter.say(text)
-            return
-        with contextlib.suppress(BrokenPipeError):      # the reader has seen enough
-            pager.stdin.write(text.encode("utf-8", "backslashreplace"))
-        with contextlib.suppress(BrokenPipeError):
-            pager.stdin.close()
-        pager.wait()
-        self._forget_interrupts()
 
     def _edit_file(self, path: str, line: Any) -> None:
-        if not os.path.exists(path):
-            self.painter.say("%s is not on this machine, edit it where the kernel runs" % path)
-            return
-        editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+        place = " +%d" % line if type(line) is int else ""
         try:
-            self._write(self.painter.take())
-            subprocess.call([*editor, *(["+%d" % line] if type(line) is int else []), path])
+            self._run_program("%s%s %s" % (editor, place, shlex.quote(path)))
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = file.read()
-        except (OSError, ValueError) as error:
-            self.painter.say("the editor %s could not be run: %s" % (" ".join(editor), error))
+        except OSError as error:
+            self.painter.say("not edited: %s" % error)
             return
-        self._forget_interrupts()
         # Shown before it runs: what was written in the editor is the user's next input, to be confirmed by Enter.
         self.next_input = _at_end(text.rstrip() if text.count("\n") <= 100 else "%%run -i %s" % shlex.quote(path))
 
-    def _forget_interrupts(self) -> None:
-        """Ctrl-C in a pager or an editor was for them."""
-        self._interrupts_forgotten = self._interrupts
+    def _run_program(self, command: str, **options: Any) -> int:
+        """Lend the screen to a pager or an editor; its exit status.  Ctrl-C is for it alone meanwhile."""
+        self._write(self.painter.take())
+        handler = signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            return subprocess.run(command, shell=True, **options).returncode
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     # -- commands to the frontend
 
@@ -811,29 +733,28 @@ class Terminal:
 
     def command(self, text: str) -> None:
         name, _, argument = text.partition(" ")
+        prefix = self.settings["frontend.command_prefix"]
         if name not in self.COMMANDS:
-            prefix = self.settings["frontend.command_prefix"]
             self.painter.say("%s%s: no such command; there are %s"
                              % (prefix, name, ", ".join(prefix + known for known in self.COMMANDS)))
-            return
-        getattr(self, "command_" + name)(argument.strip())
+        elif name not in ("interrupt", "last", "log", "save") or self._wait_client():
+            with self._one_line(prefix + name):
+                getattr(self, "command_" + name)(argument.strip())
 
     def command_help(self, argument: str) -> None:
         prefix = self.settings["frontend.command_prefix"]
         for name, (parameter, meaning) in self.COMMANDS.items():
-            self.painter.say("%-16s %s" % (prefix + name + (" " + parameter if parameter else ""), meaning))
+            self.painter.say("%-16s %s" % ((prefix + name + " " + parameter), meaning))
         self.painter.say("%-16s %s" % ("Ctrl-D", "leave"))
         self.painter.say("%-16s %s" % ("Ctrl-\\", "detach, also while a cell runs"))
 
     def command_interrupt(self, argument: str) -> None:
-        if self._wait_client():
-            with self._one_line("not interrupted"):
-                self.client.interrupt(timeout=2.0)
-                self.painter.say("interrupted")
+        self.client.interrupt(timeout=2.0)
+        self.painter.say("interrupted")
 
     def command_restart(self, argument: str) -> None:
-        if self.choose("Restart kernel %s? Its variables are lost%s. [y]es [n]o: " % (self.name, self._for_others()),
-                       "yn", "n") == "y":
+        if self.choose("Restart kernel %s? Its variables are lost%s. [y]es [n]o: " % (
+                self.name, self._for_others())) == "y":
             self._restart()
 
     def _restart(self) -> bool:
@@ -851,51 +772,41 @@ class Terminal:
         return False
 
     def command_shutdown(self, argument: str) -> None:
-        if self.process is None or self._others_now():
-            if self.choose("End kernel %s%s? [y]es [n]o: " % (self.name, self._for_others()), "yn", "n") != "y":
-                return
-        self._end_kernel()
+        if self.process is not None and not self._others_now() or self.choose(
+                "End kernel %s%s? [y]es [n]o: " % (self.name, self._for_others())) == "y":
+            self._end_kernel()
 
     def command_detach(self, argument: str) -> None:
         self.detach()
 
     def command_who(self, argument: str) -> None:
-        now = time.monotonic()
         for name, heard in self.others.values():
-            self.painter.say("%-16s heard %d s ago" % (name, now - heard))
+            self.painter.say("%-16s heard %d s ago" % (name, time.time() - heard))
         if not self.others:
             self.painter.say("nobody else was heard of; the kernel tells only when somebody does something")
 
     def command_last(self, argument: str) -> None:
         if not argument.isdecimal():
-            self.painter.say("how many?  %slast 5" % self.settings["frontend.command_prefix"])
-        elif self._wait_client():
-            with self._one_line("not shown"):
-                page = self.client.log(int(argument), SHOWN_BYTES)
-                if not page.session:
-                    self.painter.say("kernel %s keeps no log" % self.name)
-                self._show_by_name(page.messages)
+            raise ValueError("how many?")
+        page = self.client.log(int(argument), SHOWN_BYTES)
+        if not page.session:
+            raise ValueError("the kernel keeps no log")
+        self._show_by_name(page.messages)
 
     def command_log(self, argument: str) -> None:
-        if self._wait_client():
-            with self._one_line("log"):
-                self.painter.say(death.where(self.client.log(0).session) or "kernel %s keeps no log" % self.name)
+        self.painter.say(death.where(self.client.log(0).session) or "the kernel keeps no log")
 
     def command_save(self, argument: str) -> None:
-        if self._wait_client():
-            with self._one_line("not saved"):
-                self.painter.say("saved to " + death.save(self.client.log(0).session, argument))
+        self.painter.say("saved to " + death.save(self.client.log(0).session, argument))
 
     def command_kernels(self, argument: str) -> None:
-        with self._one_line("kernels"):
-            for line in kernel_lines(self.start.connection_file):
-                self.painter.say(line)
+        for line in kernel_lines(self.start.connection_file):
+            self.painter.say(line)
 
     def command_connect(self, argument: str) -> None:
-        with self._one_line("not connected"):
-            found = _Found(connection.find_connection_file(argument or None))
-            self.painter.say("left kernel %s, it lives on" % self.name)
-            self._join(found)
+        found = self.new_start(argument)
+        self.painter.say("left kernel %s, it lives on" % self.name)
+        self._join(found)
 
     def _join(self, start: Any) -> None:
         self.start = start
@@ -915,7 +826,7 @@ class Terminal:
     # -- leaving
 
     def _others_now(self) -> list[str]:
-        limit = time.monotonic() - PRESENCE_SECONDS
+        limit = time.time() - PRESENCE_SECONDS
         return sorted({name for name, heard in self.others.values() if heard > limit})
 
     def _for_others(self) -> str:
@@ -927,7 +838,7 @@ class Terminal:
         if self.process is None or keeps or self.keep or self.died is not None or self._others_now():
             self.detach()
         elif asks and self.settings["frontend.confirm_exit"]:
-            choice = self.choose("End kernel %s too? [y]es [k]eep it [n]o, stay: " % self.name, "ykn", "n")
+            choice = self.choose("End kernel %s too? [y]es [k]eep it [n]o, stay: " % self.name)
             if choice == "y":
                 self._end_kernel()
             elif choice == "k":
@@ -1016,14 +927,13 @@ class Terminal:
     def _ask_after_death(self) -> str:
         is_mine = self.process is not None
         if self.dead is None:
-            return self.choose("[r]estart [n]ew kernel [q]uit: " if is_mine else "[n]ew kernel [q]uit: ",
-                               "rnq" if is_mine else "nq", "q")
+            return self.choose("[r]estart [n]ew kernel [q]uit: " if is_mine else "[n]ew kernel [q]uit: ", "q")
         rest = "[n]ew session  [s]how  [e]xport .ipynb  "
         if not is_mine:
-            return self.choose(rest + "[q]uit ? ", "nseq", "", at_end="q")
+            return self.choose(rest + "[q]uit ? ")
         if self.dead.is_again:      # recovering it may be what kills it: nobody shall do that by pressing Enter
-            return self.choose(rest + "[r]ecover again  [q]uit ? ", "nserq", "", at_end="q")
-        return self.choose("[r]ecover  " + rest + "[q]uit ? ", "rnseq", "r", at_end="q")
+            return self.choose(rest + "[r]ecover again  [q]uit ? ")
+        return self.choose("[r]ecover  " + rest + "[q]uit ? ", "r")
 
     def _recover(self) -> None:
         """A fresh interpreter at the same address, which knows what was there before; nothing is run."""
@@ -1039,36 +949,19 @@ class Terminal:
         if error is None or self.client is not None:
             return
         self.painter.say("kernel %s: %s" % (self.name, error))
-        if self.choose("[n]ew kernel [q]uit: ", "nq", "q") == "n":
+        if self.choose("[n]ew kernel [q]uit: ", "q") == "n":
             self._start_new()
         else:
             self.exit_code = 70 if isinstance(error, KernelDied) else getattr(error, "exit_code", 2)
 
     def _start_new(self) -> None:
         with self._one_line("no kernel could be started"):
-            self._join(self.start_another())
+            self._join(self.new_start(None))
 
 
 # -- small helpers
 
 _LEAVING = re.compile(r"(exit|quit)(\((keep_kernel\s*=\s*True|True)?\))?")
-
-
-class _Found:
-    """Somebody else's kernel, as a Start."""
-    process = None
-
-    def __init__(self, connection_file: str):
-        self.connection_file = connection_file
-
-    def wait(self) -> str:
-        return self.connection_file
-
-
-def _age(message: Message) -> float:
-    """Seconds since it was said, as far as the clocks of both sides agree."""
-    age = time.time() - timestamp(message.header.get("date"))
-    return age if 0 < age < float("inf") else 0.0
 
 
 def _at_end(text: str) -> Document:
