@@ -467,6 +467,19 @@ class Insisting(TerminalCase):
         self.assertEqual(terminal.wait_end(), 0)
         self.assertIn("it lives on; join it again with: ", "\n".join(terminal.screen.lines()))
 
+    def test_a_cell_that_does_not_stop_is_ended_by_a_restart(self):
+        terminal = self.open()
+        terminal.run("from helper import *", 1)
+        terminal.send("print('on'); stubborn()\r")
+        terminal.wait(lambda lines: "on" in lines)
+        terminal.send(CTRL_C)
+        terminal.wait(lambda lines: "no" in lines)
+        terminal.send(CTRL_C)
+        terminal.wait("[k]ill:")
+        terminal.send("r")
+        terminal.prompt(1)
+        self.assertIn("Out[1]: 2", terminal.run("1+1", 1))
+
     def test_a_stopped_kernel_does_not_stop_the_prompt(self):
         terminal = self.open("--name", "stopped")
         terminal.run("1", 1)

@@ -190,6 +190,8 @@ class Terminal:
         """Find the kernel in a thread; "ready" or "failed" comes into the inbox."""
         if self.client is not None:
             self.client.close(0.5)
+        if self.cell is not None:
+            self.cell.lost = "restarted"
         self.client, self.connect_error, self.died, self.busy = None, None, None, None
         self.prompt.count, self.is_settled, self._is_death_told = 1, False, False
         self.others.clear()
