@@ -26,7 +26,7 @@ for cell in session.cells():
         print("   ", output["type"], output["content"]["text"].rstrip())
 
 with twoproc.launch() as process, twoproc.connect(process) as kernel:
-    for cell in recovery.replay_cells(session):
+    for cell in recovery.replay_cells(session)[0]:
         kernel.execute(cell.code, timeout=30, on_output=lambda message: None)
     kernel.execute("answer", on_output=lambda message: message.msg_type == "execute_result"
                    and print("in a new kernel:", message.content["data"]["text/plain"]))

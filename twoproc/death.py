@@ -78,7 +78,7 @@ class Obituary:
             with self.session.take():
                 self.session.append("recovered", by=by, how="restart")
         from . import recovery
-        cells = recovery.replay_cells(self.session)
+        cells, _ = recovery.replay_cells(self.session)
         what = recovery.cell_name(self.death.cell) if self.death.cell is not None else "nothing"
         text = "%s was %s again" % (what, "not run" if self.death.cell is not None else "run")
         if cells:

@@ -144,11 +144,11 @@ def script(cells: list[LoggedCell], killer: LoggedCell | None, death: str, head:
     return "# -*- coding: utf-8 -*-\n" + _futures_first("\n".join(parts) + "\n")
 
 
-def definitions_of(cells: list[LoggedCell]) -> str:
-    """Imports, functions and classes of these cells as code, in their order."""
+def definitions_of(cells: list[LoggedCell], killer: LoggedCell | None) -> str:
+    """Imports, functions and classes as code, in their order; not of the cell that was running at the death."""
     kept = []
     for cell in cells:
-        text = _as_python(cell.code or "", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT) or ""
+        text = "" if cell is killer else _as_python(cell.code or "", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT) or ""
         for node in _compile(text, ast.PyCF_ONLY_AST).body:
             tried = node.body if isinstance(node, ast.Try) else [node]      # an import with something in its place
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or all(

@@ -15,15 +15,17 @@ escape sequences.  All of this runs in the caller's thread; only `replay` connec
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
+import getpass
 import html
 import os
 import re
 import shlex
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from . import connection, crashlog, screen
@@ -45,37 +47,21 @@ class RecoveryError(StateError):
 # -- what killed it --------------------------------------------------------------------------------
 
 class Death(NamedTuple):
-    """text: what ended the process, as far as it is known; signal: its name or ""; line: where in `cell`, the cell
-    that was running; function: the innermost one; place: "in In [7]", "while idle, after In [6]"."""
+    """text: what ended the process, as far as it is known; line: where in `cell`, the cell that was running;
+    place: "in In [7]", "while idle, after In [6]"."""
     text: str
-    signal: str = ""
-    line: int | None = None
-    function: str = ""
-    cell: LoggedCell | None = None
-    place: str = ""
+    line: int | None
+    cell: LoggedCell | None
+    place: str
 
     def __str__(self) -> str:
         return "died %s: %s" % (self.place, self.text)
 
 
-class _Frame(NamedTuple):
-    file: str
-    line: int | None
-    function: str
-
-
-class _Fault(NamedTuple):
-    """What faulthandler wrote as the process died; frames: of the thread that failed, innermost first."""
-    signal: str
-    text: str
-    frames: list[_Frame]
-    thread: str
-
-
-_FATAL = re.compile(r"^(?:Fatal Python error|Windows fatal exception): (.*)$", re.M)
-# A name in brackets since 3.14.
-_THREAD = re.compile(r"(Current thread|Thread) 0x[0-9a-fA-F]+ ?(?:\[(.*)\] )?\(most recent call first\):")
-_FRAME = re.compile(r'  File (?:"(.*)"|\?\?\?), line (\d+|\?\?\?) in (.*)')
+# What faulthandler writes as the process dies. The name of a thread, in brackets, is there since Python 3.14.
+_FATAL = re.compile(r"(?s:.*)^(?:Fatal Python error|Windows fatal exception): (.*)$", re.M)
+_STACK = re.compile(r"^Current thread 0x\w+ (?:\[(.*)\] )?\(most recent call first\):\n((?:  .*\n?)*)", re.M)
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)', re.M)
 _SIGNALS = {"segmentation fault": "SIGSEGV", "aborted": "SIGABRT", "floating point exception": "SIGFPE",
             "bus error": "SIGBUS", "illegal instruction": "SIGILL"}
 
@@ -86,30 +72,29 @@ def cause(session: LoggedSession, status: int | None = None) -> Death:
     status: as subprocess has it, minus the number of a signal, of whoever waited for the process just now;
     None: what the log says about it, if anything.
     """
-    records = session.outline()
-    cells = _inputs(records)
-    cell = _running(cells)
+    records, cells = session.outline(), session.inputs()
+    cell = crashlog.running(cells)
     if status is None:
         status = next((record["status"] for record in reversed(records) if record["k"] == "exit"), None)
     own = next((str(record.get("text", "")) for record in records if record["k"] == "note" and
                 record["what"] == "fault"), "").strip().rpartition("\n")[2]
-    number = -status if status is not None and status < 0 else 0
-    name, shells = _signal_name(number), _signal_name((status or 0) - 128)
-    fault = _parse_fault(session.fault_text())
-    if fault and status is not None and os.name != "nt" and fault.signal not in ("", name, shells):
-        fault = None        # somebody else's who had the file open: the process ended otherwise
-    place = "in " + cell_name(cell) if cell else "while idle, " + (
-        "after " + cell_name(cells[-1]) if cells else "before the first cell")
-    where, line, function = _where(fault, cell, cells) if fault else ("", None, "")
-    if fault and fault.thread and cell and line is None:
-        place = "while %s was running" % cell_name(cell)        # which need not have had a part in it
-    if fault:
-        name = name or fault.signal
-        text = (name + ("" if fault.signal else " (%s)" % fault.text) if name else fault.text) + where
-    elif name == "SIGKILL":
-        text = "SIGKILL: killed from outside (kill -9 or out of memory)"
+    name, shells = _signal_name(-(status or 0)), _signal_name((status or 0) - 128)
+    place, line = "while idle, before the first cell", None
+    if cells:
+        place = "in " + cell_name(cell) if cell else "while idle, after " + cell_name(cells[-1])
+    written = session.fault_text()
+    fatal = _FATAL.match(written)           # the last there is
+    words = fatal[1].strip() if fatal else ""
+    struck = _SIGNALS.get(words.lower().replace("-", " "), "")
+    # Of another signal it is somebody else's, who had the file open: the process ended otherwise.
+    if fatal and (status is None or os.name == "nt" or struck in ("", name, shells)):
+        where, line, is_thread = _where(written[fatal.end():], cell, cells)
+        if is_thread and cell and line is None:
+            place = "while %s was running" % cell_name(cell)        # which need not have had a part in it
+        name = name or struck
+        text = (name + ("" if struck else " (%s)" % words) if name else words) + where
     elif name:
-        text = name
+        text = name + ": killed from outside (kill -9 or out of memory)" * (name == "SIGKILL")
     elif own:
         text = "a fault of the kernel's own, not of the cell: " + own
     elif status is None:
@@ -117,29 +102,7 @@ def cause(session: LoggedSession, status: int | None = None) -> Death:
     else:
         text = "%s ended the process itself, status %d%s" % (
             "the cell" if cell else "something in it", status, shells and ", which is how a shell tells of " + shells)
-    return Death(_line(text), name, line, function, cell, place)
-
-
-def _inputs(records: list[dict]) -> list[LoggedCell]:
-    """The cells without their outputs, which would take most of the time to read."""
-    cells = {record["of"]: LoggedCell(record) for record in records if record["k"] == "begin"}
-    for record in records:
-        if record["k"] == "end" and record["of"] in cells:
-            cells[record["of"]].is_ended, cells[record["of"]].ok = True, record["ok"]
-    return list(cells.values())
-
-
-def _running(cells: list[LoggedCell]) -> LoggedCell | None:
-    """The last cell, if it was not ended; or the one within which that ran, by %recover.
-
-    Any other without an end has lost that record, and nothing else.
-    """
-    return next((cell for cell in reversed(cells) if not cell.is_ended and cell.ec == cells[-1].ec), None)
-
-
-def _killer(session: LoggedSession, cells: list[LoggedCell]) -> LoggedCell | None:
-    """The one of these that was running at the death; that of a living kernel is just running."""
-    return None if session.state() in ("alive", "closed") else _running(cells)
+    return Death(_line(text), line, cell, place)
 
 
 def _signal_name(number: int) -> str:
@@ -149,53 +112,31 @@ def _signal_name(number: int) -> str:
         return "signal %d" % number if 0 < number < 128 else ""
 
 
-def _parse_fault(text: str) -> _Fault | None:
-    fatal = list(_FATAL.finditer(text))
-    if not fatal:
-        return None
-    words = fatal[-1][1].strip()
-    current: re.Match | None = None
-    frames: list[_Frame] = []
-    is_here = False
-    for line in text[fatal[-1].end():].splitlines():
-        if not line.startswith(" "):        # a thread, an empty line, "Extension modules: ...", the stack of C
-            begin = _THREAD.match(line)
-            is_here = begin is not None and begin[1] == "Current thread"
-            current = begin if is_here else current
-        elif is_here and (found := _FRAME.match(line)):
-            frames.append(_Frame(found[1] or "", int(found[2]) if found[2].isdigit() else None, found[3]))
-    thread = ""
-    if current is None or frames and frames[-1].function == "_bootstrap":
-        thread = "in a thread" + ("" if current is None or not current[2] else " (%s)" % current[2])
-    return _Fault(_SIGNALS.get(words.lower().replace("-", " "), ""), words, frames, thread)
+def _where(written: str, cell: LoggedCell | None, cells: list[LoggedCell]) -> tuple[str, int | None, bool]:
+    """(" at line 3 of the cell, in lib.solve", 3, is a thread); the line is None if it is not one of this cell."""
+    stack = _STACK.search(written)
+    frames = _FRAME.findall(stack[2]) if stack else []          # innermost first
+    is_thread = stack is None or bool(frames) and frames[-1][2] == "_bootstrap"
+    parts = ["in a thread" + (" (%s)" % stack[1] if stack and stack[1] else "")] if is_thread else []
+    # `file` is the name that Python has given to a cell, or its beginning; faulthandler writes ASCII.
+    names = [(owner, owner.file.encode("ascii", "backslashreplace").decode("ascii"))
+             for owner in filter(None, [cell, *reversed(cells)]) if owner.file]
+    owner, here = next(((owner, frame) for owner, name in names for frame in frames if frame[0].startswith(name)),
+                       (None, ("", "", "<nowhere>")))
+    if owner:
+        parts.append("at line %s of %s" % (here[1], "the cell" if owner is cell else cell_name(owner)))
+    # The function of the cell, else what the cell had called.
+    for frame in [here, *frames[:1]]:
+        if not frame[2].startswith("<"):
+            module = None if frame is here else re.search(r"(\w+)(?:[/\\]__init__)?\.py$", frame[0])
+            parts.append("in " + (module[1] + "." if module else "") + frame[2])
+            break
+    return " " * bool(parts) + ", ".join(parts), int(here[1]) if owner and owner is cell else None, is_thread
 
 
-def _where(fault: _Fault, cell: LoggedCell | None, cells: list[LoggedCell]) -> tuple[str, int | None, str]:
-    """(" at line 3 of the cell, in lib.solve", 3, "lib.solve"); the line is None if it is not one of this cell."""
-    # The innermost frame of a cell, and of which; the file's name begins alike for cells run within a cell.
-    here, owner = next(((frame, cell) for frame in fault.frames if cell and _is_of(frame, cell)), None) or next(
-        ((frame, other) for frame in fault.frames for other in reversed(cells) if _is_of(frame, other)), (None, None))
-    parts = [fault.thread] if fault.thread else []
-    if here is not None and owner is not None:
-        parts.append("at line %s of %s" % (here.line, "the cell" if owner is cell else cell_name(owner)))
-    named = here if here is not None and not here.function.startswith("<") else None
-    if named is None and fault.frames and fault.frames[0] is not here and fault.frames[0].file:
-        named = fault.frames[0]
-    function = named.function if named is not None else ""
-    if named is not None and named is not here:
-        stem = os.path.splitext(named.file.replace("\\", "/"))[0].removesuffix("/__init__").rpartition("/")[2]
-        function = "%s.%s" % (stem, function) if stem.isidentifier() else function
-    if function:
-        parts.append("in " + function)
-    return " " * bool(parts) + ", ".join(parts), here.line if here and owner is cell else None, function
-
-
-def _is_of(frame: _Frame, cell: LoggedCell) -> bool:
-    """Whether this is code of the cell.  A name that ends in "-" is the beginning of what Python calls the cell."""
-    # As faulthandler writes it: what is not ASCII as in a string literal, cut after 500 characters.
-    file = cell.file.encode("ascii", "backslashreplace").decode("ascii")[:500]
-    found = frame.file.removesuffix("...")
-    return bool(file) and (found.startswith(file) if file.endswith("-") or len(found) >= 500 else found == file)
+def _killer(session: LoggedSession, cells: list[LoggedCell]) -> LoggedCell | None:
+    """The one of these that was running at the death; that of a living kernel is just running."""
+    return None if session.state() in ("alive", "closed") else crashlog.running(cells)
 
 
 # -- what is saved ---------------------------------------------------------------------------------
@@ -203,7 +144,7 @@ def _is_of(frame: _Frame, cell: LoggedCell) -> bool:
 def headline(session: LoggedSession) -> str:
     """What happened, in one line; soon there, also when there is much output to count for the other lines."""
     state, pid = session.state(), session.opened.get("pid", "unknown")
-    when = "(%s, pid %s)" % (_last_time(session.outline()), pid)
+    when = "(%s, pid %s)" % (_last_time(session), pid)
     if state == "alive":
         first = "The kernel is running  (pid %s)" % pid
     elif state == "closed":
@@ -217,17 +158,11 @@ def headline(session: LoggedSession) -> str:
 
 def describe(session: LoggedSession) -> list[str]:
     """Three lines: what happened, what is saved, what is not."""
-    records = session.outline()
-    begun = [record for record in records if record["k"] == "begin"]
-    kept = sum(isinstance(record.get("code"), str) for record in begun)
-    missing = ["variables"]
-    if any(record["k"] == "cut" for record in records):     # else nobody has to parse all the output
-        cut = [cell.cut for cell in session.cells() if cell.cut]
-        missing += ["%s of output in %s" % (_count(sum(cut), "piece"), _count(len(cut), "cell"))] if cut else []
-    lost = session.lost         # first: what this reads, `damaged` need not read again
-    for number, what in ((len(begun) - kept, "private cell"), (session.damaged, "damaged record"),
-                         (lost, "lost record")):
-        missing += [_count(number, what)] if number else []
+    cells, missing = session.inputs(), ["variables"]
+    kept = sum(cell.code is not None for cell in cells)
+    for number, what in ((session.cut, "piece"), (len(cells) - kept, "private cell"),
+                         (session.damaged, "damaged record"), (session.lost, "lost record")):
+        missing += [_count(number, what) + " of output" * (what == "piece")] if number else []
     saved = _count(kept, "input") + (" and what came out" if kept else "")
     return [headline(session), "  saved: " + saved, "  not saved: " + ", ".join(missing)]
 
@@ -244,38 +179,40 @@ def list_lines(sessions: Iterable[LoggedSession]) -> list[str]:
     """One line for each session: name, state, time, folder, cells, the last cell, what ended it."""
     lines = []
     for session in sessions:
-        state, opened, records = session.state(), session.opened, session.outline()
-        begun = [record for record in records if record["k"] == "begin"]
+        state, opened, cells = session.state(), session.opened, session.inputs()
         words = {"alive": "running (pid %s)" % opened.get("pid"), "unknown": "unknown (host %s)" % opened.get("host")}
-        parts = [session.id, words.get(state, state), _last_time(records, is_short=True), _home(opened.get("cwd")),
-                 _count(len(begun), "cell")]
-        if begun:
-            first = str(begun[-1].get("code") or "(private)").strip().split("\n")[0]
-            parts.append("In [%d]: %s" % (begun[-1]["ec"], first if len(first) <= 40 else first[:37] + "..."))
+        parts = [session.id, words.get(state, state), _last_time(session), _home(opened.get("cwd")),
+                 _count(len(cells), "cell")]
+        if cells:
+            first = _input_lines(cells[-1])[0]
+            parts.append(first if len(first) <= 50 else first[:47] + "...")
         if state == "died":
             parts.append(cause(session).text)
         lines.append(_line("  ".join(filter(None, parts))))
     return lines
 
 
-def _last_time(records: list[dict], is_short: bool = False) -> str:
+def _last(session: LoggedSession) -> dict:
+    """The last record of its kernel, or of whoever waited for that; outputs, of which there may be many, left out."""
+    said = [record for record in session.outline() if record["k"] != "recovered"]
+    return said[-1] if said else {"k": "", "t": float("nan")}
+
+
+def _last_time(session: LoggedSession) -> str:
     """When the process ended, if somebody waited for it; else when it was last heard of."""
-    said = [record for record in records if record["k"] != "recovered"]
-    is_exact = bool(said) and said[-1]["k"] in ("exit", "close")
+    last = _last(session)
     try:
-        day, clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(said[-1]["t"])).split()
-    except (IndexError, ValueError, OverflowError, OSError):
+        day, clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["t"])).split()
+    except (ValueError, OverflowError, OSError):
         return "at an unknown time"
-    if is_short:
-        return "%s %s" % (day, clock[:5])
     clock = clock if day == time.strftime("%Y-%m-%d") else "%s %s" % (day, clock)
-    return clock if is_exact else "last record " + clock
+    return clock if last["k"] in ("exit", "close") else "last record " + clock
 
 
 def died_again(session: LoggedSession) -> bool:
     """Whether this session died within AGAIN_SECONDS of a recovery: it was recovering another, or was recovered by
-    one that died so soon.  By the clock, so it is a reason to ask once more, not one to refuse."""
-    there = {other.id: other for other in crashlog.sessions()}
+    one that died so soon.  By the clock, so it is a reason to say so, not one to refuse."""
+    there = {other.id: other for other in crashlog.sessions()} | {session.id: session}
     began = session.opened.get("t", 0.0) - AGAIN_SECONDS
     for other in there.values():
         # Whom this one recovered has a record of that since it began: most of the others need not be read.
@@ -285,7 +222,7 @@ def died_again(session: LoggedSession) -> bool:
         for record in other.outline():
             heir = there.get(record["by"]) if record["k"] == "recovered" and record["how"] != "notice" else None
             if heir is not None and session.id in (other.id, heir.id) and heir.state() == "died":
-                if max(last["t"] for last in heir.records() if last["k"] != "recovered") - record["t"] < AGAIN_SECONDS:
+                if _last(heir)["t"] - record["t"] < AGAIN_SECONDS:
                     return True
     return False
 
@@ -306,7 +243,7 @@ def show(session: LoggedSession, most: int | None = None) -> list[str]:
             lines.append("the kernel " + str(death))
         lines += _input_lines(cell, death.line if cell is killer else None)
         for output in outputs:
-            lines += _output_text(_excerpt(output, most)).split("\n")
+            lines += _output_text(output, most).split("\n")
         if cell.cut:
             lines.append("(%s of its output not kept)" % _count(cell.cut, "piece"))
     return lines
@@ -316,21 +253,17 @@ def _input_lines(cell: LoggedCell, mark: int | None = None) -> list[str]:
     head = cell_name(cell) + ": "
     if cell.code is None:
         return ["%s(%s)" % (head, private_words(cell))]
-    return [(head if at == 1 else ("---> " if at == mark else "...: ").rjust(len(head))) + _line(text)
-            + ("    <--" if at == mark == 1 else "") for at, text in enumerate(cell.code.split("\n"), 1)]
+    return [(head if at == 1 else "...: ".rjust(len(head))) + _line(text) + "    <---" * (at == mark)
+            for at, text in enumerate(cell.code.split("\n"), 1)]
 
 
-def _excerpt(output: dict, most: int | None) -> dict:
-    if most is None or output["output_type"] != "stream" or len(output["text"]) <= most:
-        return output
-    text = output["text"]
-    return {**output, "text": "%s\n(%s characters not shown)\n%s" % (
-        text[:most >> 1], format(len(text) - most, ","), text[-(most >> 1):])}
-
-
-def _output_text(output: dict) -> str:
+def _output_text(output: dict, most: int | None = None) -> str:
     if output["output_type"] == "stream":
-        return _clean(output["text"]).rstrip("\n")
+        text = output["text"]
+        if most is not None and len(text) > most:
+            left_out = format(len(text) - most, ",")
+            text = "%s\n(%s characters not shown)\n%s" % (text[:most >> 1], left_out, text[-(most >> 1):])
+        return _clean(text).rstrip("\n")
     if output["output_type"] == "error":
         return _clean(screen.traceback_of(output)).rstrip("\n")
     text = _clean(screen.text_of(output["data"])).rstrip("\n") or "(%s)" % ", ".join(map(_line, output["data"]))
@@ -382,36 +315,21 @@ def export(session: LoggedSession, path: str) -> None:
 
 # -- run once more ---------------------------------------------------------------------------------
 
-def definitions(session: LoggedSession) -> str:
-    """Imports, functions and classes of the session as code, without the cell that was running at the death."""
-    cells = _inputs(session.outline())
-    killer = _killer(session, cells)
-    return definitions_of([cell for cell in cells if cell is not killer])
+def replay_cells(session: LoggedSession, selection: str = "") -> tuple[list[LoggedCell], list[str]]:
+    """The cells that a replay would run; and the names of those left out, with the reason.
 
-
-def replay_cells(session: LoggedSession, selection: str = "") -> list[LoggedCell]:
-    """The cells that a replay would run.
-
-    selection: numbers and ranges as in "3-6,9", "" or "all" for all of them.  Never a private cell, which is not
-    kept, nor a call of %recover; the cell that was running at the death only as a number of its own.
+    selection: numbers and ranges as in "3-6,9", "" for all of them.  Never a private cell, which is not kept, nor
+    a call of %recover; the cell that was running at the death only as a number of its own.
     Raises RecoveryError for a selection that is none.
     """
-    return _choose(session, selection)[0]
-
-
-def _choose(session: LoggedSession, selection: str) -> tuple[list[LoggedCell], list[str]]:
-    """The cells to run; and those left out, with the reason."""
-    cells = _inputs(session.outline())
+    cells = session.inputs()
     killer = _killer(session, cells)
     wanted: list[range] = []
-    for part in filter(None, re.split(r"[\s,]+", "" if selection.strip() == "all" else selection)):
+    for part in selection.replace(",", " ").split():
         found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
-        if not found:
-            raise RecoveryError("replay %s: expected numbers of cells, like 3-6,9" % _line(part))
-        wanted.append(range(int(found[1]), int(found[2] or found[1]) + 1))
+        wanted += [range(int(found[1]), int(found[2] or found[1]) + 1)] if found else [range(0)]
         if not any(cell.ec in wanted[-1] for cell in cells):
-            raise RecoveryError("replay %s: there is no such cell; %s" % (
-                part, "the last is " + cell_name(cells[-1]) if cells else "there is none at all"))
+            raise RecoveryError("replay %s: expected numbers of its cells, like 3-6,9" % _line(part))
     chosen, left_out = [], []
     for cell in cells:
         if wanted and not any(cell.ec in numbers for numbers in wanted):
@@ -427,34 +345,22 @@ def _choose(session: LoggedSession, selection: str) -> tuple[list[LoggedCell], l
     return chosen, left_out
 
 
-@contextlib.contextmanager
 def _agreed(session: LoggedSession, selection: str, ask: Callable[[str], str],
-            say: Callable[[str], None]) -> Iterator[list[LoggedCell]]:
-    """Show what would be run, and ask.  The cells, while no other recoverer can have them; none if the answer is no."""
-    state = session.state()
-    if state == "alive":
-        raise RecoveryError("session %s is running (pid %s): there is nothing to recover" % (
-            session.id, session.opened.get("pid")))
-    cells, left_out = _choose(session, selection)
-    questions = ["Run %s again? [y/N] " % (_count(len(cells), "cell"))]
-    if died_again(session):
-        questions.append("A kernel died within %d s of recovering this.  Run it all the same? [y/N] " % AGAIN_SECONDS)
-    if state == "unknown":
-        questions.append("It may still be running, on host %s.  Run it all the same? [y/N] " % _line(
-            session.opened.get("host")))
+            say: Callable[[str], None]) -> list[LoggedCell]:
+    """Show what would be run, and ask; none if the answer is no.  Under `take`."""
+    cells, left_out = replay_cells(session, selection)
     for cell in cells:
         say("\n".join(_input_lines(cell)))
     if left_out:
         say("left out: " + ", ".join(left_out))
-    if not cells:
-        say("there is nothing to run")
-        yield []
-    elif not all(_is_yes(ask, question) for question in questions):
-        say("nothing was run")
-        yield []
-    else:
-        with session.take(anyway=True):
-            yield cells
+    if died_again(session):
+        say("a kernel died within %d s of recovering this" % AGAIN_SECONDS)
+    if session.state() == "unknown":
+        say("it may still be running, on host %s" % _line(session.opened.get("host")))
+    if cells and _is_yes(ask, "Run %s again? [y/N] " % _count(len(cells), "cell")):
+        return cells
+    say("nothing was run")
+    return []
 
 
 def _run_all(cells: list[LoggedCell], run: Callable[[LoggedCell], bool], say: Callable[[str], None]) -> bool:
@@ -475,93 +381,72 @@ def _is_yes(ask: Callable[[str], str], question: str) -> bool:
         return False
 
 
-def replay(session: LoggedSession, into: str | None = None, ask: Callable[[str], str] | None = None) -> int:
+def replay(session: LoggedSession, into: str | None = None) -> int:
     """For the command line: run the cells in a kernel, a new one unless `into` names one; returns the exit status.
 
     A new kernel runs in the session's folder and is left running.  Ctrl-C interrupts the cell and ends the replay.
     Raises StateError.
     """
-    try:
-        with _agreed(session, "", ask or input, _print) as cells:
-            return _replay_in_kernel(session, cells, into, ask or input) if cells else 0
-    except KeyboardInterrupt:
-        _print("\ninterrupted")
-        return 130
-
-
-def _replay_in_kernel(session: LoggedSession, cells: list[LoggedCell], into: str | None,
-                      ask: Callable[[str], str]) -> int:
     from . import client, config, launcher
-    from .start import join_command
-    process, is_left = None, False
     try:
-        if into is None:
-            settings, folder = config.load(), session.opened.get("cwd")
-            process = launcher.KernelProcess(
-                transport=settings["kernel.transport"], keep=True,
-                cwd=folder if isinstance(folder, str) and os.path.isdir(folder) else None,
-                arguments=["--orphan-timeout", str(settings["kernel.orphan_timeout"])])
-            process.start()
-        with client.connect(process or into) as kernel:
-            path, is_left = kernel.connection_file or "", True
-            name, player = connection.kernel_name_of(path), _Player(kernel, ask)
-            by = next((other.id for other in crashlog.sessions() if other.opened.get("conn") == path), name)
-            # Before they run: if they kill this kernel too, that shall be known.
-            session.append("recovered", by=by, how="replay")
-            is_done = _run_all(cells, player.run, _print)
-            _print("kernel %s is left running; join it with: %s" % (name, join_command(name)))
-            return 130 if player.is_interrupted else 0 if is_done else 1
+        with session.take(anyway=True):
+            cells = _agreed(session, "", input, _say)
+            return _replay_in_kernel(session, cells, into) if cells else 0
+    except KeyboardInterrupt:
+        _say("\ninterrupted")
+        return 130
     except client.KernelDied as error:
         raise RecoveryError("%s; nothing more was run" % error, 70)
     except (connection.ConnectionFileError, config.ConfigError, launcher.LaunchError) as error:
         raise RecoveryError(str(error), error.exit_code)
-    except client.NotReady as error:
-        raise RecoveryError(str(error))
-    finally:
-        if process is not None and not is_left:
-            process.shutdown()
 
 
-class _Player:
-    """Runs cells in a kernel, and prints what comes out as it comes."""
-
-    def __init__(self, kernel: Any, ask: Callable[[str], str]):
-        self.kernel, self.ask = kernel, ask
-        self.is_interrupted = False
-        self._gate = screen.EscapeFilter(colors=False, moves=False)
-
-    def run(self, cell: LoggedCell) -> bool:
-        for line in _input_lines(cell):
-            _print(line)
-        pending = self.kernel.execute_nowait(cell.code, allow_stdin=True)
-        while True:
-            try:
-                reply = pending.wait(on_output=self._show, on_input=self._answer)
-                break
-            except KeyboardInterrupt:
-                if self.is_interrupted:
-                    raise
-                self.is_interrupted = True
-                self.kernel.interrupt_nowait()
-        return not self.is_interrupted and reply is not None and reply.content.get("status") == "ok"
-
-    def _show(self, message: Any) -> None:
-        if message.msg_type == "stream":
-            _print(self._gate.feed(str(message.content.get("text", ""))), end="")
-        elif (output := output_of(message.msg_type, message.content)) is not None:
-            _print(_output_text(output))
-
-    def _answer(self, prompt: str, password: bool) -> str:
-        if password:
-            import getpass
-            return getpass.getpass(_line(prompt))
-        return self.ask(_line(prompt))
+def _replay_in_kernel(session: LoggedSession, cells: list[LoggedCell], into: str | None) -> int:
+    from . import client, config, start
+    if into is None:
+        with contextlib.suppress(KeyError, TypeError, OSError):
+            os.chdir(session.opened["cwd"])
+    begun = start.Start(argparse.Namespace(existing=into, name=None, kernel=None, config=None, set=[]),
+                        config.load(), keep=True)
+    try:
+        kernel = client.connect(begun.wait())
+    except BaseException:
+        begun.end()
+        raise
+    with kernel:
+        name = connection.kernel_name_of(begun.connection_file)
+        by = next((other.id for other in crashlog.sessions()
+                   if other.opened.get("conn") == begun.connection_file), name)
+        # Before they run: if they kill this kernel too, that shall be known.
+        session.append("recovered", by=by, how="replay")
+        _say("kernel %s is left running; join it with: %s" % (name, start.join_command(name)))
+        return 0 if _run_all(cells, functools.partial(_run_in, kernel), _say) else 1
 
 
-def _print(text: str, end: str = "\n") -> None:
-    """To stdout at once, whatever its encoding cannot hold as escapes."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+def _run_in(kernel: Any, cell: LoggedCell) -> bool:
+    _say("\n".join(_input_lines(cell)))
+    pending = kernel.execute_nowait(cell.code, allow_stdin=True)
+    try:
+        reply = pending.wait(on_output=_show, on_input=_answer)
+    except KeyboardInterrupt:
+        kernel.interrupt_nowait()
+        pending.wait(on_output=_show)       # its end, unless Ctrl-C comes once more
+        raise
+    return reply.content.get("status") == "ok"
+
+
+def _show(message: Any) -> None:
+    if message.msg_type == "stream":
+        _say(screen.without_escapes(str(message.content.get("text", ""))), end="")
+    elif (output := output_of(message.msg_type, message.content)) is not None:
+        _say(_output_text(output))
+
+
+def _answer(prompt: str, password: bool) -> str:
+    return (getpass.getpass if password else input)(_line(prompt))
+
+
+_say = functools.partial(print, flush=True)
 
 
 # -- the magic -------------------------------------------------------------------------------------
@@ -587,31 +472,25 @@ def recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callabl
     """
     try:
         _recover(line, log, run, say, ask or input)
-    except StateError as error:
-        say("%%recover: %s" % error)
-    except OSError as error:
+    except (StateError, OSError, ValueError) as error:      # the last one: quotes without an end
         say("%%recover: %s" % _line(error))
 
 
 def _recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callable[[str], None],
              ask: Callable[[str], str]) -> None:
-    try:
-        words = shlex.split(line)
-    except ValueError as error:
-        raise RecoveryError("%s in: %s" % (error, _line(line)))
+    words = shlex.split(line)
     names = [word for word in words[1:] if re.match(r"\d{8}T\d", word)]
     verb, rest = words[0] if words else "", [word for word in words[1:] if word not in names]
-    if verb not in ("", "help", "list", "status", "show", "replay", "defs", "export", "drop"):
-        raise RecoveryError("there is no %r; %%recover help lists what there is" % _line(verb))
-    if len(names) > 1 or len(rest) != (verb == "export") and verb != "replay":
-        raise RecoveryError("too %s words after %r; %%recover help shows how it is written" % (
-            "few" if verb == "export" and not rest else "many", verb))
+    if (verb not in ("", "help", "list", "status", "show", "replay", "defs", "export", "drop") or len(names) > 1
+            or len(rest) != (verb == "export") and verb != "replay"):
+        raise RecoveryError("there is no %r; %%recover help lists what there is" % _line(line))
     if verb == "help":
         return say(USAGE)
     if verb == "list":
         return say("\n".join(list_lines(crashlog.sessions())) or "there are no sessions")
     if verb == "status":
-        return say("\n".join(_status(log)))
+        path = "" if log is None or not log.is_on else os.path.join(log.folder, log.id + ".log")
+        return say("this session is " + ("logged: " + _line(path) if path else "not logged"))
     session = crashlog.find(names[0]) if names else _latest(log)
     if session is None:
         return say("no earlier session is left: each was closed properly")
@@ -622,12 +501,13 @@ def _recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callab
     elif verb == "show":
         say("\n".join(show(session)))
     elif verb == "replay":
-        with _agreed(session, ",".join(rest), ask, say) as cells:
-            if cells:
+        with session.take(anyway=True):
+            if cells := _agreed(session, " ".join(rest), ask, say):
                 session.append("recovered", by=by, how="replay")
                 _run_all(cells, run, say)
     elif verb == "defs":
-        code = definitions(session)
+        cells = session.inputs()
+        code = definitions_of(cells, _killer(session, cells))
         say(_clean(code).rstrip("\n") or "there are no definitions")
         if code:
             with session.take(anyway=True):
@@ -637,7 +517,7 @@ def _recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callab
         path = os.path.abspath(os.path.expanduser(rest[0]))
         export(session, path)
         say("%s written" % _line(path))
-    elif _is_yes(ask, "Delete session %s, %s? [y/N] " % (session.id, _count(len(_inputs(session.outline())), "cell"))):
+    elif _is_yes(ask, "Delete session %s, %s? [y/N] " % (session.id, _count(len(session.inputs()), "cell"))):
         session.drop()
         say("deleted")
     else:
@@ -651,11 +531,3 @@ def _latest(log: Any) -> LoggedSession | None:
     dead = [session for session in crashlog.sessions() if session.state() == "died"]
     here = [session for session in dead if session.opened.get("cwd") == os.getcwd()]
     return (here or dead)[0] if dead else None
-
-
-def _status(log: Any) -> list[str]:
-    if log is None or not log.is_on:
-        return ["this session is not logged"]
-    path = os.path.join(log.folder, log.id + ".log")
-    lines = ["this session is logged: %s, %d kB" % (_line(path), os.stat(path).st_size // 1000)]
-    return lines + ["before it: " + line for line in list_lines([log.prev] if log.prev is not None else [])]
