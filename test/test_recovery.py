@@ -310,6 +310,17 @@ class WhatIsSaid(LogCase):
         self.assertEqual(recovery.describe(self.write({"private": True}))[1:], [
             "  saved: 0 inputs", "  not saved: variables, 1 private cell"])
 
+    def test_pieces_of_output_that_are_gone_are_counted_and_no_output_is_read(self):
+        session = self.write({"code": "a", "outs": [stream("x")] * 3},
+                             more=[("cut", {"of": "msg-1", "first": 3, "last": 4, "records": 2, "bytes": 9})])
+        with open(session.path(".log"), "rb+") as file:
+            lines = file.read().split(b"\n")
+            file.seek(0)
+            file.truncate()
+            file.write(b"\n".join(lines[:2] + lines[4:]))
+        with mock.patch.object(crashlog.LoggedSession, "cells", side_effect=AssertionError):
+            self.assertEqual(recovery.describe(session)[2], "  not saved: variables, 2 pieces of output")
+
     def test_alive_closed_and_elsewhere_are_said(self):
         away = self.crash("a", lock={"host": "elsewhere", "boot": "other"}, opened={"host": "elsewhere"})
         self.assertIn("It ran on host elsewhere, and may still.", recovery.describe(away)[0])

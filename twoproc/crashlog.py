@@ -1010,13 +1010,18 @@ class LoggedSession:
         except (OSError, ConnectionFileError):
             return b""
 
+    def _lines(self, suffix: str) -> Iterator[bytes]:
+        """The lines of a file, none if it cannot be read.  What follows the last newline was never finished."""
+        with contextlib.suppress(OSError, ConnectionFileError):
+            # A line at a time: for 50 MB all at once take twice as long.
+            with open(open_private(self.path(suffix), os.O_RDONLY), "rb") as file:
+                yield from (line[:-1] for line in file if line[-1:] == b"\n")
+
     def _entries(self) -> list[tuple[int, bytes, bytes, bytes]]:
         """(n, kind, of, line) of every whole line of log and bulk, in order, each once; counts the other lines."""
         entries, damaged = {}, 0
         for suffix in (".log", ".bulk.1", ".bulk"):
-            lines = self._read(suffix).split(b"\n")
-            lines.pop()                 # what follows the last newline was never finished
-            for line in lines:
+            for line in self._lines(suffix):
                 found = _HEAD.match(line)
                 if found and is_intact(line):
                     entries[int(found[1])] = int(found[1]), found[2], found[4] or b"", line
@@ -1032,8 +1037,7 @@ class LoggedSession:
         except OSError:
             return []
         if size != self._outlined:
-            lines = self._read(".log").split(b"\n")[:-1]
-            records = [parse(line) for line in lines if b'"k":"out"' not in line[:40]]
+            records = [parse(line) for line in self._lines(".log") if b'"k":"out"' not in line[:40]]
             self._outline = sorted((record for record in records if record), key=lambda record: record["n"])
             self._outlined = size
         return self._outline
