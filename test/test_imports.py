@@ -34,7 +34,8 @@ ROOMS = {
     "comms": ("", "comm"),
     "kernel": ("session channels connection config crashlog recovery shell streams launcher", ""),
     # whoever talks to it
-    "client": ("session channels connection", ""),
+    "client": ("session channels connection replay", ""),
+    "replay": ("session client", ""),
     "launcher": ("connection client crashlog", ""),
     "start": ("connection config launcher", ""),
     "death": ("crashlog recovery connection client", ""),
@@ -45,7 +46,7 @@ ROOMS = {
     "frontend": ("client launcher connection config session cells screen painter start terminal death", "IPython"),
 }
 KERNEL_SIDE = {"shell", "history", "completion", "comms", "streams", "kernel"}
-CLIENT_SIDE = {"client", "launcher", "start", "death", "cells", "screen", "painter", "prompt", "terminal",
+CLIENT_SIDE = {"client", "replay", "launcher", "start", "death", "cells", "screen", "painter", "prompt", "terminal",
                "frontend"}
 # `kernel --install-kernelspec` is a command that starts no kernel; a running one never loads the launcher.
 NEIGHBOURS = {("kernel", "launcher")}
