@@ -16,8 +16,9 @@ import time
 import unittest
 from unittest import mock
 
-from twoproc import client as client_module
-from twoproc.client import Client, KernelDied, connect, read_log
+from twoproc import client as client_module, replay
+from twoproc.client import Client, KernelDied, connect
+from twoproc.replay import read_log
 from twoproc.session import Message
 
 from . import support
@@ -314,7 +315,7 @@ class Refill(unittest.TestCase):
 
     def test_a_log_that_does_not_answer_holds_nobody_up_for_ever(self):
         with mock.patch.object(LoggingKernel, "answer_log", lambda fake, message: None), \
-                mock.patch.object(client_module, "REFILL_SECONDS", 0.2):
+                mock.patch.object(replay, "REFILL_SECONDS", 0.2):
             seen, _ = self.run_cell(self.lossy)
         self.assert_missed(seen, "the kernel's log did not answer")
 
@@ -571,6 +572,17 @@ class CatchUp(unittest.TestCase):
             ours.execute("", timeout=support.DEADLINE)
         self.assertEqual((self.texts(True), self.texts(False)), ("", "live\n"))
         self.assertEqual(fake.questions, [])
+
+
+    def test_a_log_that_cannot_be_written_hides_nothing_of_what_is_live(self):
+        """Not even what came while it was asked."""
+        fake = LoggingKernel(self, scripted(self.cell))
+        fake.log_name, fake.on_log = "", lambda fake: fake.publish(
+            "stream", {"name": "stdout", "text": "early\n"}, {"msg_id": "x"})
+        with connect(fake.info) as ours:
+            ours.catch_up(self.listener())
+            ours.execute("", timeout=support.DEADLINE)
+        self.assertEqual(self.texts(False), "early\nlive\n")
 
 
 def up_to(number):

@@ -327,7 +327,9 @@ class Follower:
             if self._cells and self._client.keeps_log:
                 reply = self._client._ask("twoproc_log_request", {
                     "cells": self._cells, "max_bytes": self._max_bytes}, self._timeout)
-                self._page, self._kernel = read_log(reply), reply.header["session"]
+                page = read_log(reply)
+                if page.session:        # else it could not write one: what is live is all there is
+                    self._page, self._kernel = page, reply.header["session"]
         except (TimeoutError, KernelDied):
             pass        # then without it
         self._client._channels.call(self._begin)
