@@ -4,6 +4,7 @@
 Faults are made where they come from: a system call that fails, a descriptor that is closed, a process that is
 killed.  What the pages for frontends must hold is said by a model that simply keeps everything (`Model`).
 """
+import contextlib
 import errno
 import json
 import os
@@ -19,8 +20,9 @@ import unittest
 from unittest import mock
 from zlib import crc32
 
-from twoproc import connection, crashlog
-from twoproc.crashlog import LockedError, LoggedSession, SessionLog, StateError
+from twoproc import connection, crashlog, sessionlog
+from twoproc.crashlog import LockedError, LoggedSession, StateError
+from twoproc.sessionlog import SessionLog
 
 from . import support
 from .support import DEADLINE, rounds, wait_until
@@ -80,6 +82,7 @@ class Case(unittest.TestCase):
     def process(self, code, *args):
         """A Python process with `code`; ended with the test.  It says what it has to say on its output."""
         preamble = "import os, sys, json\nfrom twoproc import crashlog\nfrom twoproc.crashlog import *\n" \
+            "from twoproc.sessionlog import SessionLog\n" \
             "def say(text):\n    os.write(1, (text + '\\n').encode())\n" \
             f"def header(n):\n    return json.dumps({{'msg_id': 'm%d' % n, 'msg_type': 'execute_request', " \
             f"'session': 's1', 'date': '2026-01-01'}}).encode()\nCONN = {CONN!r}\n"
@@ -448,7 +451,7 @@ class MuchOutput(Case):
 
     def test_what_is_kept_in_memory_does_not_grow(self):
         log = self.log(per_cell=2000, backlog=20_000)
-        with mock.patch.object(crashlog, "SPAN", 200), mock.patch.object(crashlog, "SPANS", 50):
+        with mock.patch.object(sessionlog, "SPAN", 200), mock.patch.object(sessionlog, "SPANS", 50):
             for number in range(300):
                 self.cell(log, number, *["text"] * 30)
                 self.assertLessEqual(len(log._spans), 50)
@@ -499,7 +502,7 @@ class Model:
 class Pages(Case):
 
     def random_log(self, chosen, **limits):
-        patches = [mock.patch.object(crashlog, "SPAN", chosen.choice((100, 1000, 65536)))]
+        patches = [mock.patch.object(sessionlog, "SPAN", chosen.choice((100, 1000, 65536)))]
         for patch in patches:
             patch.start()
             self.addCleanup(patch.stop)
@@ -630,7 +633,7 @@ class Pages(Case):
                 log.between(log._seq - 10, log._seq, 1 << 20)
             return sum(call.args[1] for call in pread.call_args_list)
 
-        self.assertLess(read(3000), read(50) + 3 * crashlog.SPAN)
+        self.assertLess(read(3000), read(50) + 3 * sessionlog.SPAN)
 
     def test_damage_under_a_living_log_is_skipped(self):
         log = self.log()
@@ -645,6 +648,15 @@ class Pages(Case):
 
 
 # -- faults
+
+@contextlib.contextmanager
+def everywhere(failing):
+    """The module `os` replaced where files are written."""
+    with contextlib.ExitStack() as stack:
+        for module in (crashlog, sessionlog, connection):
+            stack.enter_context(mock.patch.object(module, "os", failing))
+        yield
+
 
 class FailingOS:
     """The module os, whose n-th call of those that can fail does."""
@@ -690,7 +702,7 @@ class Faults(Case):
                 at += 1
                 failing = FailingOS(at, number)
                 self.warnings.clear()
-                with mock.patch.object(crashlog, "os", failing), mock.patch.object(connection, "os", failing):
+                with everywhere(failing):
                     log = SessionLog(CONN, crashlog.Limits(per_cell=300, backlog=700, fsync="always"),
                                      self.warnings.append)
                     log.open("9")
@@ -724,7 +736,7 @@ class Faults(Case):
             log = self.log(per_cell=300)
             self.run_cells(log)
             failing = FailingOS(at, errno.EIO)
-            with mock.patch.object(crashlog, "os", failing), mock.patch.object(connection, "os", failing):
+            with everywhere(failing):
                 log.close("shutdown")
             with self.subTest(at=at, failed=failing.failed):
                 self.assertNotEqual(self.read(log).state(), "alive")
@@ -811,7 +823,7 @@ class Faults(Case):
         self.assertFalse(log.is_on)
         self.cell(log, 1, "text")
         log.note("x")
-        self.assertEqual(log.recent(5, 1000), crashlog.Page([], {}, None, False))
+        self.assertEqual(log.recent(5, 1000), sessionlog.Page([], {}, None, False))
         self.assertIsNone(log.fault)
         self.assertEqual(len(self.warnings), 1)
         self.assertIn(says, self.warnings[0])
@@ -980,8 +992,8 @@ class Sync(Case):
             threads.append(threading.Thread(target=target, name=name))
             threads[-1].start()
 
-        with mock.patch.object(crashlog._File, "sync", lambda file: synced.release()), \
-                mock.patch.object(crashlog, "SYNC_SECONDS", 0.05):
+        with mock.patch.object(sessionlog._File, "sync", lambda file: synced.release()), \
+                mock.patch.object(sessionlog, "SYNC_SECONDS", 0.05):
             log.start_sync(own_thread)
             for number in range(3):
                 self.cell(log, number, "x")
@@ -1005,14 +1017,14 @@ class Sync(Case):
         for fsync, expected in (("never", 0), ("always", 4)):
             log = self.log(fsync=fsync)
             log.start_sync(lambda name, target: target())       # has nothing to wait for
-            with mock.patch.object(crashlog._File, "sync") as sync:
+            with mock.patch.object(sessionlog._File, "sync") as sync:
                 self.cell(log, 1, "x", "y")
             self.assertEqual(sync.call_count, expected)
 
     def test_a_sync_that_fails_is_one_warning(self):
         log = self.log()
         with mock.patch.object(crashlog.os, "fdatasync", side_effect=OSError(errno.EIO, "broken disk"), create=True), \
-                mock.patch.object(crashlog, "SYNC_SECONDS", 0.01):
+                mock.patch.object(sessionlog, "SYNC_SECONDS", 0.01):
             log.start_sync(lambda name, target: threading.Thread(target=target, daemon=True).start())
             log.note("x")
             wait_until(lambda: self.warnings)
@@ -1053,7 +1065,7 @@ class Lock(Case):
         child = self.process(LIVES)
         session = self.read(self.line(child))
         child.send_signal(signal.SIGSTOP)
-        wait_until(lambda: crashlog._started(child.pid))
+        wait_until(lambda: crashlog.started_ticks(child.pid))
         self.assertEqual(session.state(), "alive")
 
     def test_children_of_the_kernel_do_not_keep_it_alive(self):
@@ -1105,7 +1117,7 @@ class Lock(Case):
         return session
 
     def test_a_process_number_given_out_again_does_not_make_it_live(self):
-        self.assertEqual(self.dead(pid=os.getpid(), started=crashlog._started(os.getpid())).state(), "died")
+        self.assertEqual(self.dead(pid=os.getpid(), started=crashlog.started_ticks(os.getpid())).state(), "died")
 
     def test_a_machine_that_was_started_again(self):
         self.assertEqual(self.dead(boot="another").state(), "died")
@@ -1159,7 +1171,7 @@ class Lock(Case):
         self.assertEqual(session.state(), "alive")
         self.kill(child)
         self.assertEqual(session.state(), "died")
-        living = {"pid": os.getpid(), "started": crashlog._started(os.getpid())}
+        living = {"pid": os.getpid(), "started": crashlog.started_ticks(os.getpid())}
         for changes, expected in (({}, "died"), (living, "alive"), ({**living, "started": "1"}, "died"),
                                   ({"boot": "another", **living}, "died"), ({"host": "elsewhere", **living}, "unknown"),
                                   ({"boot": "", **living}, "unknown"), ({"pid": "x"}, "died"), ({"pid": -1}, "died")):

@@ -15,7 +15,7 @@ import sys
 import unittest
 from urllib.parse import urlsplit
 
-from twoproc import crashlog, frontend, kernel, launcher, recovery
+from twoproc import crashlog, frontend, kernel, launcher, recovery, sessionlog
 from twoproc.session import MESSAGES, REQUIRED
 
 from . import support, test_imports
@@ -237,7 +237,7 @@ class TheSessionLog(unittest.TestCase):
         self.addCleanup(lambda: os.environ.pop("TWOPROC_STATE") if before is None else
                         os.environ.update(TWOPROC_STATE=before))
         os.environ["TWOPROC_STATE"] = os.path.join(home.path, "state")
-        log = crashlog.SessionLog("/a/kernel.json", crashlog.Limits(per_cell=1000, keep_closed=1))
+        log = sessionlog.SessionLog("/a/kernel.json", crashlog.Limits(per_cell=1000, keep_closed=1))
         self.addCleanup(log.fault.close)
         log.open("9.0")
         header = b'{"msg_id":"a","session":"s","date":"2026-01-01T00:00:00Z","msg_type":"execute_request"}'

@@ -23,6 +23,7 @@ ROOMS = {
     "config": ("", ""),
     "channels": ("session connection", "zmq"),
     "crashlog": ("connection recovery", ""),
+    "sessionlog": ("connection crashlog", ""),
     "recovery": ("crashlog export screen connection client config launcher start", ""),
     "export": ("crashlog", "IPython"),
     "screen": ("", ""),
@@ -32,7 +33,7 @@ ROOMS = {
     "history": ("crashlog", "IPython traitlets"),
     "completion": ("", ""),
     "comms": ("", "comm"),
-    "kernel": ("session channels connection config crashlog recovery shell streams launcher", ""),
+    "kernel": ("session channels connection config crashlog recovery sessionlog shell streams launcher", ""),
     # whoever talks to it
     "client": ("session channels connection replay", ""),
     "replay": ("session client", ""),
@@ -45,7 +46,7 @@ ROOMS = {
     "terminal": ("client launcher connection session screen painter prompt start death", "prompt_toolkit"),
     "frontend": ("client launcher connection config session cells screen painter start terminal death", "IPython"),
 }
-KERNEL_SIDE = {"shell", "history", "completion", "comms", "streams", "kernel"}
+KERNEL_SIDE = {"sessionlog", "shell", "history", "completion", "comms", "streams", "kernel"}
 CLIENT_SIDE = {"client", "replay", "launcher", "start", "death", "cells", "screen", "painter", "prompt", "terminal",
                "frontend"}
 # `kernel --install-kernelspec` is a command that starts no kernel; a running one never loads the launcher.

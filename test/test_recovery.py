@@ -51,7 +51,7 @@ class LogCase(unittest.TestCase):
 
         def add(kind, **members):
             self.records.append({"n": len(self.records) + 1, "k": kind, "t": round(start, 3), **members})
-        add("open", v=1, pid=4711, started="1", boot=crashlog._boot(), host=crashlog._host(), user="u",
+        add("open", v=1, pid=4711, started="1", boot=crashlog.boot_id(), host=crashlog.host_name(), user="u",
             python="3.11.7", ipython="9", twoproc="0", cwd=self.home.work, argv=["x"], conn="/run/kernel-7.json",
             prev="", marks={})
         self.records[0].update(opened)
@@ -73,7 +73,8 @@ class LogCase(unittest.TestCase):
         self.path = os.path.join(folder, name)
         files = {".log": "".join(map(seal, self.records)), ".fault": fault}
         if lock:
-            holder = {"pid": 4711, "host": crashlog._host(), "boot": crashlog._boot(), "conn": "/run/kernel-7.json",
+            holder = {"pid": 4711, "host": crashlog.host_name(), "boot": crashlog.boot_id(),
+                      "conn": "/run/kernel-7.json",
                       "locking": "flock"}
             files[".lock"] = json.dumps({**holder, **({} if lock is True else lock)})
         for suffix, text in files.items():
