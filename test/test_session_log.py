@@ -249,6 +249,18 @@ class HowASessionEnds(Logged):
         self.assertEqual(self.session().state(), "closed")
         self.assertEqual(self.session().records()[-1]["k"], "close")
 
+    def test_a_kernel_that_nobody_is_left_to_end_keeps_it(self):
+        """Its parent was killed, as a Jupyter server is that takes too much memory: that is no proper end."""
+        parent = support.Process(self, ["sleep", "60"], home=self.home)
+        kernel, client = self.start(env={"JPY_PARENT_PID": str(parent.pid)})
+        client.execute("x = 'work of a day'")
+        parent.popen.kill()
+        kernel.wait()
+        session = self.session()
+        self.assertEqual((session.state(), session.cells()[0].code), ("died", "x = 'work of a day'"))
+        self.assertIn("its parent, process %d, has ended" % parent.pid, str(recovery.cause(session)))
+        self.assertEqual(kernel.popen.returncode, 0)
+
     def test_a_start_removes_what_is_too_old_and_leaves_what_is_alive(self):
         alive, _ = self.start()
         ids = [crashlog.sessions()[0].id]

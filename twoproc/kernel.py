@@ -68,6 +68,7 @@ class Kernel:
         self.ending: str | None = None
         self.exit_status = 0
         self.is_restart = False
+        self.is_abandoned = False
         self._finishing = threading.Lock()      # taken by the thread that runs `finish`
         self.tidy: Callable[[], None] = lambda: None    # what is left to do when the sockets are closed
         self.claim: connection.Claim | None = None
@@ -294,6 +295,11 @@ class Kernel:
             self.channels.call(lambda: None)    # twoproc-io is to look at the time
             self.interrupt()
 
+    def abandon(self, why: str) -> None:
+        """End because nobody is left who would end us: what the session was is kept for whoever looks for it."""
+        self.is_abandoned = self.is_abandoned or self.ending is None
+        self.end(why)
+
     def on_tick(self) -> float | None:
         """Called before twoproc-io waits; returns the longest it may, in seconds, None for ever."""
         now = time.monotonic()
@@ -319,14 +325,14 @@ class Kernel:
             self._nudge_if_blocked(now)
             self._interrupt_if_swallowed(now)
         if self._parent_pid and os.getppid() != self._parent_pid:
-            self.end("its parent, process %d, has ended" % self._parent_pid)
+            self.abandon("its parent, process %d, has ended" % self._parent_pid)
         elif self._parent_pid:
             waits.append(1.0)       # only where there is no pidfd to watch
         if self._orphan_timeout:
             if self.channels.subscribers or self.running is not None:
                 self._alone_since = now
             elif now - self._alone_since > self._orphan_timeout:
-                self.end("nobody was connected for %.0f s" % self._orphan_timeout)
+                self.abandon("nobody was connected for %.0f s" % self._orphan_timeout)
             waits.append(max(0.0, self._alone_since + self._orphan_timeout - now) + 0.1)
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
@@ -336,12 +342,12 @@ class Kernel:
             descriptor = os.pidfd_open(pid)         # it wakes poll(): nothing to look at once a second
         except ProcessLookupError:
             if os.getppid() == 1:
-                self.end("its parent, process %d, has ended" % pid)
+                self.abandon("its parent, process %d, has ended" % pid)
             return              # a process number of another container: then there is nothing to watch
         except (AttributeError, OSError):
             self._parent_pid = os.getppid() if os.getppid() != 1 else 0
             return
-        self.channels.watch(descriptor, lambda: self.end("its parent, process %d, has ended" % pid))
+        self.channels.watch(descriptor, lambda: self.abandon("its parent, process %d, has ended" % pid))
 
     def _end_hard(self) -> None:
         """The cell did not react to its interrupt, or a function registered with atexit hangs: go without it."""
@@ -716,7 +722,9 @@ class Kernel:
         if self.running is not None:
             self.status("idle", self.running)
         self.channels.stop()
-        if self.log is not None:
+        if self.log is not None and self.is_abandoned:
+            self.log.note("abandoned", why=self.ending)
+        elif self.log is not None:
             self.log.close(self.ending or "", keep=self.is_restart)
         self.tidy()
         os._exit(self.exit_status)

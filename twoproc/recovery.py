@@ -76,8 +76,8 @@ def cause(session: LoggedSession, status: int | None = None) -> Death:
     cell = crashlog.running(cells)
     if status is None:
         status = next((record["status"] for record in reversed(records) if record["k"] == "exit"), None)
-    own = next((str(record.get("text", "")) for record in records if record["k"] == "note" and
-                record["what"] == "fault"), "").strip().rpartition("\n")[2]
+    notes = {record["what"]: record for record in records if record["k"] == "note"}
+    own = str(notes.get("fault", {}).get("text", "")).strip().rpartition("\n")[2]
     name, shells = _signal_name(-(status or 0)), _signal_name((status or 0) - 128)
     place, line = "while idle, before the first cell", None
     if cells:
@@ -97,6 +97,8 @@ def cause(session: LoggedSession, status: int | None = None) -> Death:
         text = name + ": killed from outside (kill -9 or out of memory)" * (name == "SIGKILL")
     elif own:
         text = "a fault of the kernel's own, not of the cell: " + own
+    elif "abandoned" in notes:
+        text = "it was left alone: %s" % notes["abandoned"].get("why")
     elif status is None:
         text = "killed from outside or ended by os._exit: nothing else is known"
     else:
