@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import unittest
 from unittest import mock
@@ -262,6 +263,44 @@ except KeyboardInterrupt:
         for interrupt in (self.by_message, lambda: os.kill(pid, signal.SIGINT)):
             self.interrupt_round("time.sleep", interrupt)
             self.interrupt_round("a loop", interrupt)
+
+
+class WhenTheTimeToEndIsOver(unittest.TestCase):
+    """twoproc-io looks at the time, and a thread is to end the kernel; main, or that thread, may be anywhere."""
+
+    def setUp(self):
+        self.module = importlib.import_module("twoproc.kernel")
+        self.kernel = kernel = object.__new__(self.module.Kernel)
+        kernel._helpers, kernel.capture, kernel.tidy = mock.Mock(), mock.Mock(), mock.Mock()
+        kernel._helpers.expire.return_value = None
+        kernel.capture.has_grown.return_value = kernel.capture.has_writers.return_value = False
+        kernel.running = kernel._leave_at = kernel._exit_at = None
+        kernel._cells = kernel._parent_pid = kernel._orphan_timeout = 0
+        kernel._finishing, kernel.ending, kernel.exit_status, kernel.log = threading.Lock(), "SIGHUP", 129, None
+        kernel._end_at = time.monotonic() - 1
+        self.started = []
+        for name, replacement in (("own_thread", lambda name, target: self.started.append(target)),
+                                  ("logger.warning", mock.Mock()),
+                                  ("os._exit", mock.Mock(side_effect=AssertionError("left without exit functions")))):
+            patch = mock.patch("twoproc.kernel." + name, replacement)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_the_thread_may_take_its_time_to_begin(self):
+        self.assertGreater(self.kernel.on_tick(), 1)
+        self.assertEqual(self.started, [self.kernel.finish])
+
+    def test_main_may_finish_just_then_and_has_its_time(self):
+        self.module.logger.warning.side_effect = lambda *text: self.kernel._finishing.acquire()
+        self.assertGreater(self.kernel.on_tick(), 1)
+        self.assertGreater(self.kernel.on_tick(), 1)
+
+    def test_an_exit_function_that_hangs_is_left(self):
+        self.kernel._finishing.acquire()
+        self.kernel._exit_at = time.monotonic() - 1
+        with self.assertRaisesRegex(AssertionError, "left without"):
+            self.kernel.on_tick()
+        self.kernel.tidy.assert_called_once()
 
 
 class WhenTheCellIsNudged(unittest.TestCase):

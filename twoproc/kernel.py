@@ -84,7 +84,8 @@ class Kernel:
         self._orphan_timeout = orphan_timeout
         self._parent_pid = parent_pid
         self._alone_since = time.monotonic()
-        self._end_at: float | None = None
+        self._end_at: float | None = None       # when a cell has had its time to end,
+        self._exit_at: float | None = None      # and when `finish`, once it has begun, has had its own
         self.ends_on_exit = False       # see _leave_if_alone
         self._leave_at: float | None = None
         self._input_replies: SimpleQueue[str] = SimpleQueue()
@@ -304,10 +305,11 @@ class Kernel:
         """Called before twoproc-io waits; returns the longest it may, in seconds, None for ever."""
         now = time.monotonic()
         waits = [self._helpers.expire(now)]
-        if self._end_at is not None:
-            if now > self._end_at:
-                self._end_hard()
-            waits.append(self._end_at - now + 0.01)
+        end_at = self._exit_at or self._end_at
+        if end_at is not None:
+            if now > end_at:
+                end_at = self._end_hard()
+            waits.append(max(0.0, end_at - now) + 0.01)
         elif self._leave_at is not None:
             if now > self._leave_at:
                 self.end("exit in a cell")
@@ -349,19 +351,30 @@ class Kernel:
             return
         self.channels.watch(descriptor, lambda: self.abandon("its parent, process %d, has ended" % pid))
 
-    def _end_hard(self) -> None:
-        """The cell did not react to its interrupt, or a function registered with atexit hangs: go without it."""
-        logger.warning("ending (%s) although %s", self.ending,
-                       "an exit function still runs" if self._finishing.locked() else "a cell still runs")
-        self._end_at = None
-        if not self._finishing.locked():
+    def _end_hard(self) -> float:
+        """The cell did not react to its interrupt, or a function registered with atexit hangs: go without it.
+
+        Returns when to look again.
+        """
+        if self._exit_at is None:
+            logger.warning("ending (%s) although a cell still runs", self.ending)
+            # On a busy machine the cell may end in this very moment, and main finish: the lock decides between the
+            # two, and the exit functions have their time from when it was taken.
             own_thread("twoproc-end", self.finish)
-            return
+            self._end_at = time.monotonic() + EXIT_SECONDS
+            return self._end_at
+        logger.warning("ending (%s) although an exit function still runs", self.ending)
         with contextlib.suppress(Exception):
-            if self.log is not None:
-                self.log.close(self.ending or "", keep=self.is_restart)
-            self.tidy()
-        os._exit(self.exit_status)      # an exit function hangs, too
+            self._put_away()
+        os._exit(self.exit_status)
+
+    def _put_away(self) -> None:
+        """The last thing of all: close the log, remove the files."""
+        if self.log is not None and self.is_abandoned:
+            self.log.note("abandoned", why=self.ending)
+        elif self.log is not None:
+            self.log.close(self.ending or "", keep=self.is_restart)
+        self.tidy()
 
     def _read_capture(self, parent: bytes | None, mark: dict[str, int]) -> list:
         """Entries for the front of the outbox: what was written to the descriptors before `mark` was taken."""
@@ -710,23 +723,24 @@ class Kernel:
         """
         if not self._finishing.acquire(blocking=False):
             time.sleep(60)          # the other one ends the process
-        self._end_at = time.monotonic() + EXIT_SECONDS
+        self._exit_at = time.monotonic() + EXIT_SECONDS
         self.channels.call(lambda: None)
         logger.info("ending: %s", self.ending)
-        with contextlib.suppress(Exception):        # whatever the user's objects do in here, we leave
+        # Each by itself, and whatever the user's objects do in here, we leave: a history that cannot be written, or
+        # only slowly, costs nobody the exit functions.
+        with contextlib.suppress(Exception):
             if self.interpreter is not None:
                 self.interpreter.close()
+        self._exit_at = time.monotonic() + EXIT_SECONDS
+        with contextlib.suppress(Exception):
             atexit._run_exitfuncs()
+        with contextlib.suppress(Exception):
             sys.stdout.flush()
         self.call_to_read_capture(None)
         if self.running is not None:
             self.status("idle", self.running)
         self.channels.stop()
-        if self.log is not None and self.is_abandoned:
-            self.log.note("abandoned", why=self.ending)
-        elif self.log is not None:
-            self.log.close(self.ending or "", keep=self.is_restart)
-        self.tidy()
+        self._put_away()
         os._exit(self.exit_status)
 
 
@@ -856,7 +870,7 @@ class OncePerSecond(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         now = time.monotonic()
-        if record.levelno >= logging.WARNING and now < self._next:
+        if logging.WARNING <= record.levelno < logging.CRITICAL and now < self._next:      # what ends us is always said
             self._dropped += 1
             return False
         if record.levelno >= logging.WARNING:
