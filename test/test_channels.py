@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import unittest
+from unittest import mock
 
 import zmq
 
@@ -422,11 +423,12 @@ class GivenUpReaderTests(ChannelsCase):
         self.assertEqual(numbers, list(range(400)))
         self.assertLess(time.monotonic() - began, 1 + 5)
 
+    @mock.patch.object(rooms, "REPEAT_SECONDS", 600)
     def test_a_reader_that_goes_on_gets_the_idle_that_it_had_lost(self):
         stuck, reader = self.stuck(), self.client()
         self.flood()
         self.idles(reader)
-        # As long as it does not read, nothing is repeated: it would be lost again.
+        # As long as it does not read, it is not repeated at each look: it would be lost again.
         reader.drain()
         self.assertTrue(reader.is_silent("iopub", 4 * rooms.SETTLE_SECONDS))
         self.idles(stuck)
@@ -434,6 +436,14 @@ class GivenUpReaderTests(ChannelsCase):
         wait_until(lambda: not self.channels._is_losing, what="the reader to have caught up")
         self.channels.send("iopub", "comm_msg", {"text": "later"})
         self.assertEqual(stuck.take("iopub", lambda message: message.msg_type == "comm_msg").content["text"], "later")
+
+    def test_one_that_stays_stuck_does_not_keep_the_idle_from_another(self):
+        never, stuck, reader = self.stuck(), self.stuck(), self.client()
+        self.flood()
+        self.idles(reader)
+        self.idles(stuck)
+        self.assertTrue(self.channels._is_losing)       # the other one's are still owed
+        self.idles(never)
 
     def test_the_running_cell_is_said_to_be_busy_after_a_repeated_idle(self):
         stuck, reader = self.stuck(), self.client()

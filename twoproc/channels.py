@@ -174,6 +174,7 @@ RECEIVE_AT_ONCE = 200           # messages of one socket before the others get t
 EXIT_FAULT = 70                 # the exit status after a fault of ours
 DRAIN_SECONDS = 0.02            # of sending before the sockets get their turn
 SETTLE_SECONDS = 0.25           # between two looks at a reader that was given up
+REPEAT_SECONDS = 2.0            # until the idles are repeated although another one is still full
 
 
 class KernelChannels:
@@ -226,7 +227,7 @@ class KernelChannels:
         self._patience = SlowReaders(limits.slow_reader_seconds)
         self._is_losing = False                     # a full reader was given up and has not caught up; see _settle
         self._owed: deque = deque(maxlen=1000)      # idle messages that it may have lost
-        self._settle_at = 0.0
+        self._settle_at = self._repeat_at = self._repeat_pause = 0.0
         self._was_read_up = False
         self._descriptors: dict[int, Callable[[], None]] = {}
         self._thread: threading.Thread | None = None
@@ -515,6 +516,7 @@ class KernelChannels:
             iopub.setsockopt(zmq.XPUB_NODROP, 1)
             self._patience = SlowReaders(self.limits.slow_reader_seconds)
             self._is_losing, self._settle_at, self._was_read_up = True, 0.0, False
+            self._repeat_at, self._repeat_pause = time.monotonic() + REPEAT_SECONDS, REPEAT_SECONDS
         if self._is_losing and b'"execution_state":"idle"' in self._head[-1]:
             self._owed.append(self._head)
         self._patience.sent()
@@ -533,15 +535,17 @@ class KernelChannels:
             return
         self._settle_at = now + SETTLE_SECONDS
         is_read_up = self._is_read_up()
-        if is_read_up and self._was_read_up:
-            while self._owed and self._send(self._sockets["iopub"], self._owed[0]):
-                self._owed.popleft()
-            if not self._owed:
-                self._is_losing = False
-                if self.busy_parent is not None:
-                    self.outbox.put_back([Outgoing("iopub", "status", b'{"execution_state":"busy"}', self.busy_parent,
-                                                   b"{}", [], [])])
+        have_all_read = is_read_up and self._was_read_up
         self._was_read_up = is_read_up
+        if have_all_read or now > self._repeat_at:
+            # Ever more rarely while one is stuck: another that was given up may have caught up long ago.
+            self._repeat_at, self._repeat_pause = now + self._repeat_pause, 2 * self._repeat_pause
+            if all(self._send(self._sockets["iopub"], message) for message in self._owed) and have_all_read:
+                self._is_losing = False
+                self._owed.clear()
+            if self.busy_parent is not None:
+                self.outbox.put_back([Outgoing("iopub", "status", b'{"execution_state":"busy"}', self.busy_parent,
+                                               b"{}", [], [])])
 
     def _is_read_up(self) -> bool:
         """Have the readers of iopub taken everything that was handed to the system for them?"""
