@@ -261,7 +261,9 @@ class Replays(ReplayCase):
             self.check_serves()
         thief = self.kernel.client(self)
         thief.send_frames("shell", frames)
-        thief.execute("1")      # its own request, which is served after it
+        msg_id = thief.send_execute("1")        # its own request, which is served after it
+        thief.result(msg_id)
+        self.client.output(msg_id)              # and with it whatever came before
         self.client.drain()
         self.check_serves()
 
@@ -296,7 +298,9 @@ class ReplaysWithAShortMemory(ReplayCase):
         for _ in range(support.rounds(60, 66_000)):
             other.request("control", "kernel_info_request")
             other.drain()
-        other.execute("1")
+        msg_id = other.send_execute("1")
+        other.result(msg_id)
+        self.client.output(msg_id)
         self.client.drain()
         self.client.send_frames("shell", frames)
         self.check_serves()
