@@ -396,6 +396,7 @@ class FullReaderTests(ChannelsCase):
         began = time.monotonic()
         self.channels.stop(0.2)
         self.assertLess(time.monotonic() - began, 5)
+        self.channels._thread.join(DEADLINE)
         self.assertFalse(self.channels._thread.is_alive())
 
 

@@ -162,8 +162,9 @@ class Typing(OneTerminal):
     def test_a_block_is_continued_indented_and_ended_by_an_empty_line(self):
         terminal = self.terminal
         terminal.send("def f(x):\r")
-        lines = terminal.wait("   ...:")
-        self.assertEqual(terminal.screen.x, len(f"In [{self.number}]: ") + 4)
+        # The cursor comes to its place a moment after the line is drawn.
+        lines = terminal.wait(lambda lines: any("   ...:" in line for line in lines)
+                              and terminal.screen.x == len(f"In [{self.number}]: ") + 4)
         terminal.send("return x + 1\r")
         terminal.send("\r")
         terminal.prompt(self.number + 1)
