@@ -524,7 +524,7 @@ class KernelChannels:
         return True
 
     def _settle(self) -> None:
-        """Once the reader that was given up has caught up, repeat the idles it has lost.
+        """Once the readers that were given up have caught up, repeat the idles they have lost; and now and then before.
 
         A stock client waits for a cell's idle for ever.  Those who had it already ignore its repetition.
         ZeroMQ does not tell who is left out of account, the system does: such a reader's connection is full.

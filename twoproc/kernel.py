@@ -11,7 +11,8 @@ thread that runs them, which is also what a client feels:
     twoproc-helper  what may take a moment but need not wait for a cell: completion, inspection, history
     twoproc-io      what is answered at once, whatever the cell does: kernel_info, interrupt, shutdown
 
-Sockets are channels.py's, the interpreter is shell.py's.  Here is who does what when, and how it ends.
+Sockets are channels.py's, the interpreter is shell.py's, the log of the session is sessionlog.py's: main writes a
+cell there before it runs, twoproc-io what comes of it before it is sent.  Here is who does what when, and how it ends.
 Read session.py and channels.py before, shell.py after.
 """
 from __future__ import annotations
