@@ -406,6 +406,14 @@ class Ending(unittest.TestCase):
         self.client.request("control", "shutdown_request", {"restart": False})
         self.check_ended((0,), 3)
 
+    def test_a_history_that_is_never_written_costs_no_exit_function(self):
+        self.start()
+        self.client.execute("import threading\ndef wait_for_the_disk(): threading.Event().wait()\n"
+                            "get_ipython().history_manager.end_session = wait_for_the_disk")
+        self.client.request("control", "shutdown_request", {"restart": False})
+        self.check_ended((0,), 4)
+        self.assertIn("wait_for_the_disk", self.kernel.log())       # what it was that did not end is said
+
     def test_a_shutdown_request_on_shell_is_obeyed_as_well(self):
         self.start()
         self.client.request("shell", "shutdown_request", {"restart": False})

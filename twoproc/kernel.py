@@ -79,6 +79,7 @@ class Kernel:
         self._is_notice_told = False
         self._is_child = False
         self.capture = DescriptorCapture()
+        self.stderr: Any = sys.stderr           # that of the process, when cells have got theirs
         self._is_reading_asked = False          # twoproc-io's: a reading of the capture is in the outbox
         self.interpreter: Interpreter | None = None
         self._helpers = Helpers(self, completion_seconds)
@@ -364,7 +365,9 @@ class Kernel:
             own_thread("twoproc-end", self.finish)
             self._end_at = time.monotonic() + EXIT_SECONDS
             return self._end_at
-        logger.warning("ending (%s) although an exit function still runs", self.ending)
+        logger.warning("ending (%s) although an exit function still runs, or the history is still written", self.ending)
+        with contextlib.suppress(Exception):
+            faulthandler.dump_traceback(self.stderr)        # which one, is asked afterwards
         with contextlib.suppress(Exception):
             self._put_away()
         os._exit(self.exit_status)
@@ -727,14 +730,13 @@ class Kernel:
         self._exit_at = time.monotonic() + EXIT_SECONDS
         self.channels.call(lambda: None)
         logger.info("ending: %s", self.ending)
-        # Each by itself, and whatever the user's objects do in here, we leave: a history that cannot be written, or
-        # only slowly, costs nobody the exit functions.
-        with contextlib.suppress(Exception):
-            if self.interpreter is not None:
-                self.interpreter.close()
-        self._exit_at = time.monotonic() + EXIT_SECONDS
+        # Each by itself, and whatever the user's objects do in here, we leave.  The history beside the exit functions:
+        # its file may be locked, or on a disk that is slow to sync, and that costs nobody those functions.
+        history = own_thread("twoproc-history", self._close_history)
         with contextlib.suppress(Exception):
             atexit._run_exitfuncs()
+        self._exit_at = time.monotonic() + EXIT_SECONDS
+        history.join()
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         self.call_to_read_capture(None)
@@ -743,6 +745,11 @@ class Kernel:
         self.channels.stop()
         self._put_away()
         os._exit(self.exit_status)
+
+    def _close_history(self) -> None:
+        with contextlib.suppress(Exception):
+            if self.interpreter is not None:
+                self.interpreter.close()
 
 
 class Helpers:
@@ -966,7 +973,8 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
             name = connection.kernel_name_of(path)
             print("kernel %s is ready; join it with  python -m %s.frontend --existing %s" % (name, __package__, name),
                   file=sys.stderr)
-        start_log(kernel.capture.start())
+        kernel.stderr = kernel.capture.start()
+        start_log(kernel.stderr)
         for warning in [claim.note, *warnings]:
             if warning:
                 logger.warning(warning)
