@@ -294,6 +294,8 @@ class Kernel:
             self.exit_status = status
             self.ending = why
             self._end_at = time.monotonic() + GRACE
+            if self.interpreter is not None:
+                self.interpreter.is_ending = True
             self.channels.requests.put(None)
             self.channels.call(lambda: None)    # twoproc-io is to look at the time
             self.interrupt()

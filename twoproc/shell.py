@@ -88,6 +88,7 @@ class Interpreter:
         self.completing = threading.local()           # .now: IPython gives what fails there to sys.excepthook
         self.comm_manager = CommManager(publish)
         os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        self.is_ending = False                        # set by kernel.py before it interrupts the last cell
         # Whatever goes wrong until the first cell is told with it: before no frontend may be listening.
         self.is_starting, complaints = True, io.StringIO()
         with contextlib.redirect_stderr(complaints):
@@ -708,7 +709,8 @@ class ZMQInteractiveShell(InteractiveShell):
             return super().showtraceback(exc_tuple, filename, tb_offset, exception_only, running_compiled_code)
         self.last_error = None
         try:
-            if has_group(value) and not exception_only:
+            # At the end, Python's form: IPython's takes 0.1 s the first time, and on a slow machine all that there is.
+            if (has_group(value) or self.interpreter.is_ending) and not exception_only:
                 self._showtraceback(etype, value, traceback.format_exception(etype, value, tb))
             else:
                 super().showtraceback((etype, value, tb), filename, tb_offset, exception_only, running_compiled_code)
