@@ -17,7 +17,8 @@ from unittest import mock
 import zmq
 
 from twoproc import channels as rooms
-from twoproc.channels import KernelChannels, Limits, Mailbox, SlowReaders
+from twoproc.channels import KernelChannels, Limits, SlowReaders
+from twoproc.mailbox import Mailbox
 from twoproc.connection import ConnectionInfo
 
 from . import support
@@ -129,7 +130,7 @@ class MailboxTests(unittest.TestCase):
 
 CTRL_C_DURING_PUT = """
 import os, select, signal, sys, threading, time
-from twoproc.channels import Mailbox
+from twoproc.mailbox import Mailbox
 mailbox = Mailbox()
 is_struck = False           # no Event: Ctrl-C inside one leaves its lock taken
 

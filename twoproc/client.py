@@ -8,7 +8,7 @@ A Client may be used by any number of threads.  Each request is a Pending: sent 
 thread `twoproc-client`, waited for by whoever asked.  `execute` and its siblings are submit and wait in one.
 
     caller's thread                 twoproc-client
-    submit -> the table             poll, verify (channels.ClientChannels)
+    submit -> the table             poll, verify (clientchannels.py)
                                     put iopub in order, fill its gaps (replay.InOrder)
     wait                            look up the parent's msg_id, put into that request's inbox, ring
       on_output, on_input  <-       listeners
@@ -39,7 +39,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import connection
-from .channels import ClientChannels
+from .clientchannels import ClientChannels
 from .connection import ConnectionInfo
 from .replay import Follower, InOrder, LogPage, read_log
 from .session import MESSAGES, Message, Session

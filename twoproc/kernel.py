@@ -36,8 +36,9 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Callable
 
 from . import __version__, config, connection, crashlog
-from .channels import KernelChannels, Limits, Text, own_thread
+from .channels import KernelChannels, Limits, Text
 from .crashlog import is_private
+from .mailbox import own_thread
 from .session import MESSAGES, PROTOCOL_VERSION, BadMessage, Message, check_request, encode, timestamp
 from .sessionlog import Page, SessionLog
 from .streams import DescriptorCapture, InStream, OutStream, set_forked

@@ -1,0 +1,312 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""Every ZeroMQ call of a client: the other end of the five sockets, owned by its thread `twoproc-client`.
+
+client.py says what a message means, this file says when it is sent and received.  A connection may be refused,
+cut, and come back: nothing here ever waits for one.
+
+Sources: ZeroMQ RFC 28 (ROUTER, DEALER), RFC 29 (XPUB, SUB), the messaging specification's channel list.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from typing import Any, Callable
+
+import zmq
+
+from .connection import ConnectionInfo
+from .mailbox import Mailbox, own_thread
+from .session import MessageError, Session, SignatureError
+
+logger = logging.getLogger(__name__)
+
+RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn
+HEARTBEAT_SECONDS = 2.0         # so long until a stopped kernel is seen; a ping costs either side about 0.1 ms
+_LINK_EVENTS = {                # what the shell connection of a client may tell
+    "connected": zmq.EVENT_HANDSHAKE_SUCCEEDED,
+    "disconnected": zmq.EVENT_DISCONNECTED,
+    "refused": zmq.EVENT_CONNECT_RETRIED,
+    "rejected": (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+                 | zmq.EVENT_HANDSHAKE_FAILED_AUTH),
+}
+
+
+class ClientChannels:
+    """All sockets of one client, owned by one thread, `twoproc-client`, which makes and closes them.
+
+    Shared with other threads: `outbox` (any thread puts).  Everything else that is assigned here is written
+    by twoproc-client and may be looked at by anybody.
+
+    Four callbacks, all called on twoproc-client, none of which may wait for anything:
+    on_messages(batch)   [(channel, Message), ...] that are verified.  Within a batch output comes first: a
+                         kernel publishes what a cell printed before it asks for input or replies
+    on_link(event)       one of _LINK_EVENTS happened to the shell connection
+    on_tick()            after every batch and whenever asked for: returns seconds until it wants to be called
+                         again, None for no wish
+    on_end(error)        the thread is about to end: None after `close`, else the exception that ended it
+    """
+
+    def __init__(self, info: ConnectionInfo, session: Session, *, on_messages: Callable[[list], None],
+                 on_link: Callable[[str], None], on_tick: Callable[[], float | None],
+                 on_end: Callable[[BaseException | None], None], heartbeat: float = HEARTBEAT_SECONDS):
+        """heartbeat: seconds between two pings, 0 for none."""
+        self.info = info
+        self.session = session
+        self.outbox = Mailbox()
+        self.link = ""                      # the latest event of the shell connection
+        self.bad_signatures = 0             # messages dropped because their signature is not ours
+        self.bad_messages = 0               # and dropped for anything else that is wrong with them
+        self.silent_since: float | None = None      # time.monotonic() of the oldest ping without an answer
+        self.answered_at: float | None = None       # and of the latest answer
+        self._on_messages, self._on_link, self._on_tick, self._on_end = on_messages, on_link, on_tick, on_end
+        self._heartbeat = heartbeat
+        self._ping_at = time.monotonic() + heartbeat
+        self._sockets: dict[str, zmq.Socket] = {}
+        self._channels: dict[Any, str] = {}         # socket -> channel, the monitor's is "link"
+        self._unsent: dict[str, deque] = {}         # what a full or refused connection has not taken yet
+        self._descriptors: dict[int, Callable[[], None]] = {}
+        self._is_reading_output = True
+        self._is_closing = False
+        self._thread = own_thread("twoproc-client", self._run)
+
+    # -- called by any thread
+    def send(self, channel: str, frames: list) -> None:
+        self._put((channel, frames))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have twoproc-client call `function`, after everything sent before."""
+        self._put(function)
+
+    def _put(self, item: Any) -> None:
+        try:
+            self.outbox.put(item)
+        except OSError:
+            pass        # the thread has ended, and the mailbox with it: on_end has told who waits
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Close all sockets and end the thread; what was sent before has 0.3 s to leave."""
+        self._put(self._close_soon)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    # -- called by the callbacks, on twoproc-client
+    def reset(self, is_urgent: bool) -> None:
+        """Drop the connections with all that waits in them, and connect anew.
+
+        A request that was on its way to a dead kernel must not be run by its successor.  is_urgent: look for
+        a listener every 5 ms; else the address is dead, and every second is often enough.
+        """
+        self._close_sockets(linger=0)
+        self._open(is_urgent)
+
+    def watch(self, descriptor: int, on_readable: Callable[[], None]) -> None:
+        """Call `on_readable` once, when `descriptor` becomes readable."""
+        self._descriptors[descriptor] = on_readable
+        self._poller.register(descriptor, zmq.POLLIN)
+
+    def unwatch(self, descriptor: int) -> None:
+        if self._descriptors.pop(descriptor, None):
+            self._poller.unregister(descriptor)
+
+    def read_output(self, is_wanted: bool) -> None:
+        """Stop reading iopub while its readers cannot follow, so that the kernel slows down; or go on."""
+        if is_wanted != self._is_reading_output:
+            self._is_reading_output = is_wanted
+            self._poller.modify(self._sockets["iopub"], zmq.POLLIN if is_wanted else 0)
+
+    def ping(self) -> None:
+        """Ask the heartbeat now, whatever the interval."""
+        self._ping_at = time.monotonic()
+
+    # -- run by twoproc-client only
+    def _run(self) -> None:
+        error: BaseException | None = None
+        self._context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._poller.register(self.outbox, zmq.POLLIN)
+        try:
+            self._open(is_urgent=True)
+            while not self._is_closing:
+                self._turn()
+        except Exception as mistake:    # ours: whoever waits for an answer shall hear of it
+            error = mistake
+        is_useful = error is None and self.link == "connected"
+        self._close_sockets(linger=300 if is_useful else 0)
+        self._on_end(error)
+        self._context.term()
+        self.outbox.close()
+
+    def _open(self, is_urgent: bool) -> None:
+        info = self.info
+        # Random, and not the session id: that one stands in every message on iopub, and whoever may connect
+        # could otherwise receive our replies and our passwords in our place.
+        identity = os.urandom(12).hex().encode("ascii")
+        for channel, kind in (("iopub", zmq.SUB), ("shell", zmq.DEALER), ("control", zmq.DEALER),
+                              ("stdin", zmq.DEALER), ("hb", zmq.DEALER)):
+            # hb: to the kernel a DEALER that sends the empty frame itself is a REQ, but one that may ask
+            # again when its question was lost together with a kernel.
+            sock = self._sockets[channel] = self._context.socket(kind)
+            sock.linger = 0
+            # ZeroMQ's own 100 ms would be the larger part of the wait for a new kernel.
+            sock.setsockopt(zmq.RECONNECT_IVL, 5 if is_urgent else 100)
+            sock.setsockopt(zmq.RECONNECT_IVL_MAX, 0 if is_urgent else 1000)
+            if channel == "hb":
+                sock.setsockopt(zmq.SNDHWM, 2)      # pings for a dead kernel are not kept for its successor
+            if info.curve_publickey:
+                # As stock Jupyter clients do, the client shows the kernel's own key pair; a connection file
+                # without the secret half is served by kernels that ask for no particular client.
+                sock.curve_serverkey = info.curve_publickey
+                sock.curve_publickey, sock.curve_secretkey = (
+                    (info.curve_publickey, info.curve_secretkey) if info.curve_secretkey else zmq.curve_keypair())
+            if channel == "iopub":
+                sock.setsockopt(zmq.SUBSCRIBE, b"")
+            elif channel != "hb":
+                sock.setsockopt(zmq.IDENTITY, identity)
+            if channel == "shell":
+                events = 0
+                for mask in _LINK_EVENTS.values():
+                    events |= mask
+                monitor = self._sockets["link"] = sock.get_monitor_socket(events)
+                monitor.linger = 0
+            sock.connect(info.url(channel))
+        for channel, sock in self._sockets.items():
+            self._channels[sock] = channel
+            self._unsent[channel] = deque()
+            self._poller.register(sock, zmq.POLLIN)
+        self._is_reading_output = True
+        self.silent_since = None
+
+    def _close_sockets(self, linger: int) -> None:
+        if "shell" in self._sockets:
+            self._sockets["shell"].disable_monitor()
+        for sock in self._channels:
+            self._poller.unregister(sock)
+        for sock in self._sockets.values():
+            sock.close(linger)
+        self._sockets.clear()
+        self._channels.clear()
+
+    def _close_soon(self) -> None:
+        self._is_closing = True
+
+    def _turn(self) -> None:
+        """Wait for something to happen, and do what it asks for."""
+        readable = set()
+        for ready, event in self._poller.poll(self._poll_milliseconds()):
+            if ready is self.outbox or ready == self.outbox.fileno():
+                self.outbox.silence()
+            elif ready in self._channels:
+                channel = self._channels[ready]
+                if event & zmq.POLLOUT:
+                    self._send_unsent(channel)
+                if event & zmq.POLLIN:
+                    readable.add(channel)
+            elif ready in self._descriptors:
+                on_readable = self._descriptors[ready]
+                self.unwatch(ready)
+                on_readable()
+        self._drain()
+        self._receive(readable)
+        if self._heartbeat:
+            self._beat()
+
+    def _poll_milliseconds(self) -> int:
+        wish = self._on_tick()
+        # 1 s: safety net for a wake-up lost to Ctrl-C in another thread's put().
+        seconds = 1.0 if wish is None else min(1.0, wish)
+        if self._heartbeat:
+            seconds = min(seconds, max(0.0, self._ping_at - time.monotonic()))
+        return int(seconds * 1000) + 1
+
+    def _drain(self) -> None:
+        while not self._is_closing:
+            try:
+                item = self.outbox.pop()
+            except queue.Empty:
+                return
+            if type(item) is not tuple:
+                item()
+                continue
+            channel, frames = item
+            if self._unsent[channel] or not self._send(channel, frames):
+                self._unsent[channel].append(frames)
+                self._poller.modify(self._sockets[channel], zmq.POLLIN | zmq.POLLOUT)
+
+    def _send(self, channel: str, frames: list) -> bool:
+        """False when the connection takes nothing now: never wait here, a refused handshake lasts for ever."""
+        try:
+            self._sockets[channel].send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _send_unsent(self, channel: str) -> None:
+        unsent = self._unsent[channel]
+        while unsent and self._send(channel, unsent[0]):
+            unsent.popleft()
+        if not unsent:
+            self._poller.modify(self._sockets[channel], zmq.POLLIN)
+
+    def _receive(self, readable: set) -> None:
+        if "link" in readable:
+            self._read_link()
+        if "hb" in readable and "hb" in self._sockets:
+            self._read_heartbeat()
+        batch: list = []
+        for channel in ("shell", "control", "stdin"):
+            if channel in readable:
+                self._read(channel, batch)
+        output: list = []
+        if self._is_reading_output and (batch or "iopub" in readable):
+            self._read("iopub", output)     # read last and told first: see on_messages
+        if output or batch:
+            self._on_messages(output + batch)
+
+    def _read(self, channel: str, batch: list) -> None:
+        receive, deserialize = self._sockets[channel].recv_multipart, self.session.deserialize
+        for _ in range(RECEIVE_AT_ONCE):
+            try:
+                batch.append((channel, deserialize(receive(zmq.NOBLOCK))))
+            except zmq.Again:
+                return
+            except SignatureError:
+                self.bad_signatures += 1
+            except MessageError as error:
+                self.bad_messages += 1
+                logger.debug("%s: %s", channel, error)
+
+    def _read_link(self) -> None:
+        monitor = self._sockets.get("link")
+        while monitor is not None and monitor is self._sockets.get("link"):   # on_link may have reset us
+            try:
+                frames = monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            number = memoryview(frames[0][:2]).cast("H")[0]
+            for event, mask in _LINK_EVENTS.items():
+                if number & mask:
+                    self.link = event
+                    self._on_link(event)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now < self._ping_at:
+            return
+        self._ping_at = now + self._heartbeat
+        if self.silent_since is None:
+            self.silent_since = now
+        # Asked again although the last question is open: it may have gone down with a kernel's predecessor.
+        # A stopped kernel finds them all when it goes on; at one in 2 s those are few.
+        self._send("hb", [b"", b"twoproc"])
+
+    def _read_heartbeat(self) -> None:
+        try:
+            while True:
+                self._sockets["hb"].recv_multipart(zmq.NOBLOCK)
+                self.silent_since, self.answered_at = None, time.monotonic()
+        except zmq.Again:
+            pass
