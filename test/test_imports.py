@@ -49,8 +49,8 @@ ROOMS = {
     "frontend": ("client launcher connection config session cells screen painter start terminal death", "IPython"),
 }
 KERNEL_SIDE = {"channels", "sessionlog", "shell", "history", "completion", "comms", "streams", "kernel"}
-CLIENT_SIDE = {"clientchannels", "client", "replay", "launcher", "start", "death", "cells", "screen", "painter", "prompt", "terminal",
-               "frontend"}
+CLIENT_SIDE = {"clientchannels", "client", "replay", "launcher", "start", "death", "cells", "screen", "painter",
+               "prompt", "terminal", "frontend"}
 # `kernel --install-kernelspec` is a command that starts no kernel; a running one never loads the launcher.
 NEIGHBOURS = {("kernel", "launcher")}
 HEAVY = ("zmq", "IPython", "prompt_toolkit", "traitlets", "jupyter_client", "ipykernel", "tornado")

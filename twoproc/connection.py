@@ -91,6 +91,8 @@ class ConnectionInfo(NamedTuple):
     curve_publickey: bytes | None = None  # Z85, 40 characters, as jupyter_client >= 8.9 writes them
     curve_secretkey: bytes | None = None
     extra: Mapping[str, Any] = MappingProxyType({})
+    client_publickey: bytes | None = None  # the pair that a client shows, if it has one of its own; in no file
+    client_secretkey: bytes | None = None
 
     def port(self, channel: str) -> int:
         return int(getattr(self, f"{channel}_port"))
@@ -268,7 +270,7 @@ def write_connection_file(path: str, info: ConnectionInfo) -> None:
     """Write atomically, 0600 under any umask. What is in the way and not ours alone: exit code 5."""
     members: dict[str, Any] = dict(info.extra)
     for name, value in info._asdict().items():
-        if name != "extra" and value is not None:
+        if name not in ("extra", "client_publickey", "client_secretkey") and value is not None:
             members[name] = value.decode() if isinstance(value, bytes) else value
     path = os.path.abspath(path)
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(8).hex()}.tmp")

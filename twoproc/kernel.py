@@ -163,8 +163,9 @@ class Kernel:
             return
         with self.answering(message):
             if kind is not None and kind.reply is not None:
-                content: dict[str, Any] = {"status": "error", "ename": "BadMessage", "evalue": str(error),
-                                           "traceback": ["BadMessage: %s" % error]}
+                name = type(error).__name__
+                content: dict[str, Any] = {"status": "error", "ename": name, "evalue": str(error),
+                                           "traceback": ["%s: %s" % (name, error)]}
                 if kind.reply == "execute_reply":
                     content["execution_count"] = self.execution_count
                 self.reply(message, kind.reply, content, channel)

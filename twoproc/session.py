@@ -120,6 +120,7 @@ class Message(NamedTuple):
     buffers: list[bytes]
     identities: list[bytes]
     header_bytes: bytes
+    user: str = ""          # the sender's key, 64 hexadecimal digits; empty: somebody of this machine, who may all
 
     @property
     def msg_type(self) -> str:
@@ -151,6 +152,14 @@ class BadMessage(MessageError):
     def __init__(self, text: str, message: Message):
         super().__init__(text)
         self.message = message
+
+
+class NotAllowed(BadMessage):
+    """The sender's key does not have the right to this request."""
+
+
+class RateLimited(BadMessage):
+    """The sender's key asks more often than it may."""
 
 
 def check_request(message: Message, channel: str) -> dict:
