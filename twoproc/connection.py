@@ -18,6 +18,7 @@ Every failure is a ConnectionFileError: one line for the user, and the exit code
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import glob
@@ -54,7 +55,7 @@ FRESH = 60.0
 # O_NONBLOCK: opening a fifo that somebody placed must not wait for its other end.
 O_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
-Z85 = frozenset(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#")
+Z85 = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 
 
 class ConnectionFileError(Exception):
@@ -111,6 +112,29 @@ class ConnectionInfo(NamedTuple):
     def __repr__(self) -> str:
         # Not the tuple's own: this ends up in tracebacks and logs, and two members are secrets.
         return f"<ConnectionInfo {self.transport} {self.ip} {self.kernel_name or '-'}>"
+
+
+# -- CURVE keys as text: 40 characters of Z85 in connection files and for ZeroMQ, 64 hexadecimal digits in files that
+# people edit, where no character means anything else. Both are 32 bytes. Source of Z85: ZeroMQ RFC 32.
+
+def z85_of(hexkey: str) -> bytes:
+    return bytes(Z85[int(hexkey[at:at + 8], 16) // 85 ** place % 85] for at in range(0, 64, 8)
+                 for place in (4, 3, 2, 1, 0))
+
+
+def hex_of(z85: bytes) -> str:
+    """Raises ValueError for what is not the Z85 of 32 bytes."""
+    if len(z85) != 40 or z85.translate(None, Z85):
+        raise ValueError("not a key: expected 40 characters of Z85")
+    numbers = [sum(Z85.index(z85[at + 4 - place]) * 85 ** place for place in range(5)) for at in range(0, 40, 5)]
+    if max(numbers) >> 32:
+        raise ValueError("not a key: some 5 characters of Z85 are more than 4 bytes")
+    return "".join(f"{number:08x}" for number in numbers)
+
+
+def fingerprint(hexkey: str) -> str:
+    """As ssh-keygen shows keys; short enough to be compared by eye, and it is no use to who has it."""
+    return "SHA256:" + base64.b64encode(hashlib.sha256(bytes.fromhex(hexkey)).digest()).decode().rstrip("=")
 
 
 # -- private folders and files
@@ -345,7 +369,7 @@ def read_connection_file(path: str, *, as_kernel: bool = False) -> ConnectionInf
     curve: dict[str, Any] = {}
     for name in ("curve_publickey", "curve_secretkey"):
         curve[name] = take_text(name, "").encode() or None
-        check(curve[name] is None or len(curve[name]) == 40 and Z85.issuperset(curve[name]),
+        check(curve[name] is None or len(curve[name]) == 40 and not curve[name].translate(None, Z85),
               f"{name} is not a key: expected 40 characters of Z85")
     check(not as_kernel or (curve["curve_publickey"] is None) == (curve["curve_secretkey"] is None),
           "curve_publickey and curve_secretkey: only one is there, a kernel needs both")
