@@ -4,10 +4,12 @@
 The property tests draw from `random`. Each prints its seed when it fails; SEED=n in the environment
 repeats that run.
 """
+import hashlib
 import json
 import os
 import random
 import string
+import tracemalloc
 import unittest
 from datetime import datetime, timedelta, timezone
 
@@ -136,6 +138,63 @@ class RoundTrip(PropertyCase):
         circle["a"] = circle
         with self.assertRaises((ValueError, RecursionError)):
             session.encode(circle)
+
+
+class Buffers(unittest.TestCase):
+    """The signature does not cover buffers; between twoproc's own it covers their digests in metadata."""
+
+    BUFFERS = [b"one", b"", b"x" * 100_000]
+
+    def setUp(self):
+        self.receiver = Session(KEY, replay_memory=100)
+        self.frames = self.sealed({"a": 1}, self.BUFFERS)
+
+    @staticmethod
+    def sealed(metadata, buffers):
+        return Session(KEY).serialize("comm_msg", {}, metadata=session.seal(metadata, buffers) or b"{}", buffers=buffers)
+
+    def test_that_are_those_of_the_sender_arrive(self):
+        message = self.receiver.deserialize(self.frames)
+        self.assertEqual(message.buffers, self.BUFFERS)
+        self.assertEqual(message.metadata["twoproc_buffers"],
+                         [hashlib.sha256(buffer).hexdigest() for buffer in self.BUFFERS])
+        self.assertEqual(message.metadata["a"], 1)
+
+    def test_that_were_changed_added_taken_away_or_reordered_are_refused(self):
+        frames = self.frames
+        for name, wrong in {"changed": [*frames[:6], b"0ne", *frames[7:]], "added": [*frames, b""],
+                            "the last taken away": frames[:-1], "all taken away": frames[:6],
+                            "reordered": [*frames[:6], frames[7], frames[6], frames[8]],
+                            "joined": [*frames[:6], frames[6] + frames[8]]}.items():
+            with self.subTest(name), self.assertRaises(BadMessage) as caught:
+                Session(KEY, replay_memory=100).deserialize(wrong)
+            self.assertEqual((caught.exception.message.buffers, caught.exception.message.content), (wrong[6:], {}))
+
+    def test_of_a_sender_who_says_nothing_of_them_arrive(self):
+        frames = Session(KEY).serialize("comm_msg", {}, buffers=self.BUFFERS)
+        self.assertEqual(self.receiver.deserialize(frames).buffers, self.BUFFERS)
+
+    def test_metadata_that_came_with_other_buffers_may_be_passed_on(self):
+        received = self.receiver.deserialize(self.frames).metadata
+        for buffers in ([], [b"other"]):
+            message = self.receiver.deserialize(self.sealed(received, buffers))
+            self.assertEqual((message.buffers, message.metadata["a"]), (buffers, 1))
+            self.assertEqual("twoproc_buffers" in message.metadata, bool(buffers))
+
+    def test_nothing_is_written_where_there_are_none(self):
+        self.assertIsNone(session.seal(None, []))
+        self.assertEqual(session.seal({"a": 1}, ()), {"a": 1})
+
+    def test_a_list_of_them_that_is_none_is_refused(self):
+        for value in (None, 5, "x", [5], {}, [["x"]], [None]):
+            frames = Session(KEY).serialize("comm_msg", {}, metadata={"twoproc_buffers": value})
+            with self.subTest(value=value), self.assertRaises(BadMessage):
+                self.receiver.deserialize(frames)
+
+    def test_memoryviews_of_any_shape_have_the_digest_of_their_bytes(self):
+        view = memoryview(bytes(range(24))).cast("B", [2, 3, 4])
+        metadata = session.seal(None, [view, bytearray(b"x")])
+        self.assertEqual(metadata, session.seal(None, [bytes(range(24)), b"x"]))
 
 
 class ArbitraryFrames(PropertyCase):
@@ -347,6 +406,11 @@ class OnceOnly(PropertyCase):
         parts = [json.dumps(header).encode(), b"{}", b"{}", b'{"code":"1"}']
         return [DELIMITER, sign(key, parts), *parts]
 
+    @staticmethod
+    def signed_header(header):
+        parts = [json.dumps({"msg_type": "status", "date": NOON.isoformat(), **header}).encode(), b"{}", b"{}", b"{}"]
+        return [DELIMITER, sign(KEY, parts), *parts]
+
     def is_accepted(self, receiver, frames):
         try:
             receiver.deserialize(frames)
@@ -431,6 +495,28 @@ class OnceOnly(PropertyCase):
         self.assertLessEqual(len(guard._order), 10)
         self.assertLessEqual(len(guard._seen), 10)
         self.assertLessEqual(len(guard._marks), 5)
+
+    def test_memory_is_bounded_however_long_a_peer_makes_its_names(self):
+        receiver = Session(KEY, replay_memory=300)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(1000):
+            with self.assertRaises(BadMessage):     # for its session; its signature is remembered
+                receiver.deserialize(self.signed_header({"msg_id": "1", "session": "%d" % number + "x" * 30_000}))
+        self.assertLess(tracemalloc.get_traced_memory()[0] - before, 500_000)
+
+    def test_a_parent_header_is_as_long_as_a_header_at_most(self):
+        header = json.dumps({"msg_id": "1", "session": "s", "msg_type": "status"}).encode()
+        for size in (100, 200_000):
+            parts = [header, b'{"x":"' + b"y" * size + b'"}', b"{}", b"{}"]
+            frames = [DELIMITER, sign(KEY, parts), *parts]
+            if size == 100:
+                Session(KEY).deserialize(frames)
+            else:
+                with self.assertRaises(BadMessage) as caught:
+                    Session(KEY).deserialize(frames)
+                self.assertIn("parent_header has 200008 bytes", str(caught.exception))
 
     def test_a_malformed_message_is_not_remembered_as_accepted(self):
         receiver = Session(KEY, replay_memory=2)

@@ -42,7 +42,7 @@ from . import connection
 from .clientchannels import ClientChannels
 from .connection import ConnectionInfo
 from .replay import Follower, InOrder, LogPage, read_log
-from .session import MESSAGES, Message, Session
+from .session import MESSAGES, Message, Session, seal
 
 # A kernel may reply and then never send its idle: after so many seconds without a message of that request
 # its reply is enough.  A kernel with megabytes of output still to send keeps sending.
@@ -479,8 +479,8 @@ class Client:
             raise ValueError("this client belongs to process %d, before the fork; connect again" % self._pid)
         kind = MESSAGES.get(msg_type)
         header = self._session.header(msg_type)
-        frames = self._session.serialize(msg_type, content or {}, header=header, metadata=metadata or b"{}",
-                                         buffers=buffers)
+        frames = self._session.serialize(msg_type, content or {}, header=header,
+                                         metadata=seal(metadata, buffers) or b"{}", buffers=buffers)
         pending = Pending(
             self, msg_type, json.loads(header)["msg_id"], on_message=on_message,
             needs_reply=msg_type.endswith("_request") if kind is None else kind.reply is not None,

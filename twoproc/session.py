@@ -25,7 +25,6 @@ import json
 import math
 import numbers
 import os
-import sys
 import uuid
 from collections import deque
 from datetime import date, datetime, timezone
@@ -34,6 +33,7 @@ from typing import Any, Iterable, NamedTuple
 PROTOCOL_VERSION = "5.5"
 DELIMITER = b"<IDS|MSG>"
 REQUIRED = object()
+MAX_HEADER = 65_536         # bytes of a header, and of the parent header that repeats it
 UTC = timezone.utc
 
 
@@ -250,6 +250,19 @@ def _refuse_constant(name: str) -> None:
 class Session:
     """One side of a conversation: its name, its key, and both directions of the wire format.
 
+def seal(metadata: dict | None, buffers: Iterable) -> dict | None:
+    """Metadata with the SHA-256 of each buffer: the signature covers metadata, and buffers it does not.
+
+    Who knows nothing of it ignores it.  A list that came with another message, and was passed on, is left out.
+    """
+    digests = [hashlib.sha256(buffer).hexdigest() for buffer in buffers]
+    if digests:
+        return {**(metadata or {}), "twoproc_buffers": digests}
+    if metadata and "twoproc_buffers" in metadata:
+        return {name: value for name, value in metadata.items() if name != "twoproc_buffers"}
+    return metadata
+
+
     key: the connection file's; empty bytes switch signing off.  signature_scheme: "hmac-" and a hashlib name.
     replay_memory: digests remembered by the kernel's side; 0, a client's choice, accepts repetition and the
     NaN that some kernels write.
@@ -333,7 +346,7 @@ class Session:
         header_bytes = signed[0]
         header = self._object(header_bytes, "header")
         msg_id, msg_type, session = header.get("msg_id"), header.get("msg_type"), header.get("session")
-        if type(msg_id) is not str or not 0 < len(msg_id) <= 256 or len(header_bytes) > 65_536:
+        if type(msg_id) is not str or not 0 < len(msg_id) <= 256 or len(header_bytes) > MAX_HEADER:
             raise MalformedMessage("the header has no msg_id of 1 to 256 characters")
         if self._guard is not None and not self._guard.accept(session, header.get("date")):
             raise SignatureError("older than what is remembered of session %.60r" % (session,))
@@ -351,11 +364,17 @@ class Session:
                 self._parent = signed[1], self._object(signed[1], "parent_header")
             metadata = {} if signed[2] == b"{}" else self._object(signed[2], "metadata")
             content = {} if signed[3] == b"{}" else self._object(signed[3], "content")
+                if len(signed[1]) > MAX_HEADER:     # it is kept, and repeated in what answers it
+                    raise MalformedMessage("parent_header has %d bytes, expected at most %d"
+                                           % (len(signed[1]), MAX_HEADER))
         except MalformedMessage as error:
             raise BadMessage("%s: %s" % (msg_type, error), message) from None
         return Message(header, dict(self._parent[1]), metadata, content, buffers, identities, header_bytes)
 
     def _object(self, frame: bytes, name: str) -> dict:
+        if "twoproc_buffers" in metadata and seal({}, buffers) != {"twoproc_buffers": metadata["twoproc_buffers"]}:
+            raise BadMessage("%s: its %d buffers are not those that metadata.twoproc_buffers was written for"
+                             % (msg_type, len(buffers)), message)
         try:
             value = self._read(str(frame, "utf-8"))
         except RecursionError:
@@ -377,8 +396,9 @@ class ReplayGuard:
     session dated at or before the mark is refused from then on.  Dates are compared within one session only,
     that is by one clock, so a client whose clock is wrong is served like any other.
 
-    Memory: `size` entries of about 200 bytes, and the marks of at most 10,000 sessions; when those overflow,
-    the oldest marks merge into one that holds for every session not known by name.
+    Memory: `size` entries of about 250 bytes, and the marks of at most 10,000 sessions; when those overflow,
+    the oldest marks merge into one that holds for every session not known by name.  Sessions are known by their
+    hash, which costs the same however long a peer makes the name; two that had the same would share a mark.
     """
 
     SESSIONS = 10_000
@@ -386,8 +406,8 @@ class ReplayGuard:
     def __init__(self, size: int):
         self._size = size
         self._seen: set[bytes] = set()
-        self._order: deque = deque()            # (digest, session, date), oldest first
-        self._marks: dict[Any, float] = {}      # session -> the newest date forgotten
+        self._order: deque[tuple[bytes, int, float]] = deque()      # (digest, session, date), oldest first
+        self._marks: dict[int, float] = {}      # session -> the newest date forgotten
         self._merged: float | None = None
         self._candidate = b""
 
@@ -398,7 +418,7 @@ class ReplayGuard:
 
     def accept(self, session: Any, date: Any) -> bool:
         """False when the message is not newer than what was forgotten of its session; else it is remembered."""
-        session = sys.intern(session) if type(session) is str else ""
+        session = hash(name) if type(name) is str else 0
         when = timestamp(date)
         mark = self._marks.get(session, self._merged)
         if mark is not None and when <= mark:
