@@ -21,6 +21,7 @@ ROOMS = {
     "session": ("", ""),
     "connection": ("", ""),
     "config": ("", ""),
+    "access": ("connection", ""),
     "mailbox": ("", "zmq"),
     "crashlog": ("connection recovery", ""),
     "sessionlog": ("connection crashlog", ""),

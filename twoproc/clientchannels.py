@@ -18,7 +18,7 @@ from typing import Any, Callable
 
 import zmq
 
-from .connection import ConnectionInfo
+from .connection import ConnectionInfo, hex_of
 from .mailbox import Mailbox, own_thread
 from .session import MessageError, Session, SignatureError
 
@@ -33,6 +33,12 @@ _LINK_EVENTS = {                # what the shell connection of a client may tell
     "rejected": (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
                  | zmq.EVENT_HANDSHAKE_FAILED_AUTH),
 }
+
+
+def curve_keypair() -> tuple[str, str]:
+    """A new pair of CURVE keys, (public, secret), as 64 hexadecimal digits each."""
+    public, secret = zmq.curve_keypair()
+    return hex_of(public), hex_of(secret)
 
 
 class ClientChannels:
