@@ -247,9 +247,6 @@ def _refuse_constant(name: str) -> None:
     raise ValueError("%s is not JSON" % name)
 
 
-class Session:
-    """One side of a conversation: its name, its key, and both directions of the wire format.
-
 def seal(metadata: dict | None, buffers: Iterable) -> dict | None:
     """Metadata with the SHA-256 of each buffer: the signature covers metadata, and buffers it does not.
 
@@ -262,6 +259,9 @@ def seal(metadata: dict | None, buffers: Iterable) -> dict | None:
         return {name: value for name, value in metadata.items() if name != "twoproc_buffers"}
     return metadata
 
+
+class Session:
+    """One side of a conversation: its name, its key, and both directions of the wire format.
 
     key: the connection file's; empty bytes switch signing off.  signature_scheme: "hmac-" and a hashlib name.
     replay_memory: digests remembered by the kernel's side; 0, a client's choice, accepts repetition and the
@@ -361,12 +361,12 @@ def seal(metadata: dict | None, buffers: Iterable) -> dict | None:
             raise BadMessage("protocol version %.60r, expected %s" % (version, PROTOCOL_VERSION), message)
         try:
             if signed[1] != self._parent[0]:
-                self._parent = signed[1], self._object(signed[1], "parent_header")
-            metadata = {} if signed[2] == b"{}" else self._object(signed[2], "metadata")
-            content = {} if signed[3] == b"{}" else self._object(signed[3], "content")
                 if len(signed[1]) > MAX_HEADER:     # it is kept, and repeated in what answers it
                     raise MalformedMessage("parent_header has %d bytes, expected at most %d"
                                            % (len(signed[1]), MAX_HEADER))
+                self._parent = signed[1], self._object(signed[1], "parent_header")
+            metadata = {} if signed[2] == b"{}" else self._object(signed[2], "metadata")
+            content = {} if signed[3] == b"{}" else self._object(signed[3], "content")
         except MalformedMessage as error:
             raise BadMessage("%s: %s" % (msg_type, error), message) from None
         return Message(header, dict(self._parent[1]), metadata, content, buffers, identities, header_bytes)
@@ -416,7 +416,7 @@ class ReplayGuard:
         self._candidate = bytes.fromhex(signature[:32].decode("ascii"))     # 128 bits of a MAC are plenty
         return self._candidate in self._seen
 
-    def accept(self, session: Any, date: Any) -> bool:
+    def accept(self, name: Any, date: Any) -> bool:
         """False when the message is not newer than what was forgotten of its session; else it is remembered."""
         session = hash(name) if type(name) is str else 0
         when = timestamp(date)
