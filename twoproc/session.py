@@ -369,12 +369,12 @@ class Session:
             content = {} if signed[3] == b"{}" else self._object(signed[3], "content")
         except MalformedMessage as error:
             raise BadMessage("%s: %s" % (msg_type, error), message) from None
-        return Message(header, dict(self._parent[1]), metadata, content, buffers, identities, header_bytes)
-
-    def _object(self, frame: bytes, name: str) -> dict:
         if "twoproc_buffers" in metadata and seal({}, buffers) != {"twoproc_buffers": metadata["twoproc_buffers"]}:
             raise BadMessage("%s: its %d buffers are not those that metadata.twoproc_buffers was written for"
                              % (msg_type, len(buffers)), message)
+        return Message(header, dict(self._parent[1]), metadata, content, buffers, identities, header_bytes)
+
+    def _object(self, frame: bytes, name: str) -> dict:
         try:
             value = self._read(str(frame, "utf-8"))
         except RecursionError:
