@@ -227,7 +227,7 @@ class Kernel:
         parent = message.parent_header.get("msg_id")
         if message.msg_type != "input_reply" or not isinstance(value, str):
             logger.warning("stdin: %.60s without a string as value", message.msg_type)
-        elif asking is None or message.identities[:1] != asking[0][:1] or parent not in (None, asking[1]):
+        elif asking is None or message.identities != asking[0] or parent not in (None, asking[1]):
             logger.warning("stdin: an input_reply that nobody was asked for")
         else:
             self._asking = None
@@ -671,7 +671,7 @@ class Kernel:
             self.channels.receive_shell()
             queued = self.channels.requests.take(
                 lambda other: other is not None and other.msg_type == "execute_request"
-                and other.identities[:1] == message.identities[:1])
+                and other.identities == message.identities)     # all: behind one relay are several clients
             self.reply(message, "execute_reply", reply)
             self.status("idle", message)
             for other in queued:
