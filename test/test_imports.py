@@ -34,8 +34,10 @@ ROOMS = {
     "history": ("crashlog", "IPython traitlets"),
     "completion": ("", ""),
     "comms": ("", "comm"),
-    "channels": ("session connection mailbox", "zmq"),
-    "kernel": ("session channels mailbox connection config crashlog recovery sessionlog shell streams launcher", ""),
+    "admission": ("access mailbox", "zmq"),
+    "channels": ("session connection mailbox access admission", "zmq"),
+    "kernel": ("session channels mailbox access keys connection config crashlog recovery sessionlog shell streams"
+               " launcher", ""),
     # whoever talks to it
     "clientchannels": ("session connection mailbox", "zmq"),
     "client": ("session clientchannels connection replay", ""),
@@ -49,7 +51,7 @@ ROOMS = {
     "terminal": ("client launcher connection session screen painter prompt start death", "prompt_toolkit"),
     "frontend": ("client launcher connection config session cells screen painter start terminal death", "IPython"),
 }
-KERNEL_SIDE = {"channels", "sessionlog", "shell", "history", "completion", "comms", "streams", "kernel"}
+KERNEL_SIDE = {"admission", "channels", "sessionlog", "shell", "history", "completion", "comms", "streams", "kernel"}
 CLIENT_SIDE = {"clientchannels", "client", "replay", "launcher", "start", "death", "cells", "screen", "painter",
                "prompt", "terminal", "frontend"}
 # `kernel --install-kernelspec` is a command that starts no kernel; a running one never loads the launcher.
@@ -122,7 +124,7 @@ class TheTableOfRooms(unittest.TestCase):
                 self.assertLessEqual(others(room), set(ROOMS[room][1].split()))
 
     def test_zmq_is_imported_where_sockets_are_owned_and_nowhere_else(self):
-        self.assertEqual([room for room in rooms() if "zmq" in others(room)], ["channels", "clientchannels", "mailbox"])
+        self.assertEqual([room for room in rooms() if "zmq" in others(room)], ["admission", "channels", "clientchannels", "mailbox"])
 
     def test_on_the_kernels_side_ipython_is_imported_in_two_files(self):
         self.assertEqual([room for room in sorted(KERNEL_SIDE) if "IPython" in others(room)], ["history", "shell"])

@@ -15,6 +15,8 @@ Sources: ZeroMQ RFC 28 (ROUTER, DEALER), RFC 29 (XPUB, SUB), the messaging speci
 """
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import queue
@@ -27,9 +29,11 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import zmq
 
-from .connection import ConnectionFileError, ConnectionInfo, is_dead_socket
+from .access import Access
+from .admission import LOCAL, Admission
+from .connection import CHANNELS, ConnectionFileError, ConnectionInfo, address, is_dead_socket
 from .mailbox import Mailbox, own_thread
-from .session import BadMessage, Message, MessageError, Session, encode
+from .session import BadMessage, MalformedMessage, Message, MessageError, Session, encode, seal
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,14 @@ class Limits(NamedTuple):
     slow_reader_seconds: float = 5.0
     replay_memory: int = 65_536
     outbox: int = 16 << 20
+
+
+class Listen(NamedTuple):
+    """Where clients on other machines connect: five ports in a row, shell first, on the sockets that there are."""
+    host: str
+    ports: tuple[int, ...]              # to be tried as the first of the five, in this order
+    handshake_seconds: float = 5.0
+    max_connections: int = 64
 
 
 class Outgoing(NamedTuple):
@@ -69,11 +81,21 @@ class Text(NamedTuple):
 
 
 MAX_QUEUED_REQUESTS = 10_000    # beyond it shell is left unread, and ZeroMQ makes the sender wait
+MAX_IDENTITIES = 10_000         # of clients, remembered with the key of each
+HELLO = b"twoproc_hello"        # what a client on another machine says first, and the beginning of the answer
 RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn
 EXIT_FAULT = 70                 # the exit status after a fault of ours
 DRAIN_SECONDS = 0.02            # of sending before the sockets get their turn
 SETTLE_SECONDS = 0.25           # between two looks at a reader that was given up
 REPEAT_SECONDS = 2.0            # until the idles are repeated although another one is still full
+
+
+def check_curve() -> None:
+    """Raises ConnectionFileError, exit code 5, where this ZeroMQ cannot keep strangers out."""
+    version = zmq.zmq_version_info()
+    if version < (4, 3, 3) or not zmq.has("curve"):     # 4.3.3: CVE-2020-15166 and others, by clients without a key
+        raise ConnectionFileError("libzmq %s%s is not safe to listen with; install a pyzmq with 4.3.3 or newer, with "
+                                  "CURVE" % (zmq.zmq_version(), "" if zmq.has("curve") else " without CURVE"), 5)
 
 
 class KernelChannels:
@@ -87,12 +109,16 @@ class KernelChannels:
     metadata) is called there for whatever is about to be sent on iopub, in the order sent.
     """
 
-    def __init__(self, info: ConnectionInfo, limits: Limits = Limits()):
+    def __init__(self, info: ConnectionInfo, limits: Limits = Limits(), access: Access | None = None,
+                 listen: Listen | None = None):
         """Bind all sockets of `info`, port 0 meaning any; `self.info` then holds the ports there are.
 
+        access: who may connect, and what; None: whoever gets here.  listen: bind its five ports as well, and
+        set `listening` to the first; `info` must then have CURVE keys.
         Raises ConnectionFileError (exit code 4) naming port and channel, with nothing left bound.
         """
-        self.limits = limits
+        self.limits, self.access, self.listen = limits, access, listen
+        self.listening: int | None = None
         self.session = Session(info.key, info.signature_scheme, replay_memory=limits.replay_memory,
                                max_frames=limits.max_frames, max_message=limits.max_message)
         self.outbox = Mailbox()
@@ -101,18 +127,27 @@ class KernelChannels:
         self.on_bad_message: Callable[[str, BadMessage], None] = lambda channel, error: None
         self.on_tick: Callable[[], float | None] = lambda: None
         self.on_publish: Callable[[str, int, bytes, bytes, bytes], None] = lambda *message: None
+        self.on_hello: Callable[[str], bytes] = lambda user: b"{}"
         self.on_fault: Callable[[], None] = lambda: None
         self.may_not_wait: Callable[[], bool] = lambda: False   # the calling thread, for room in the outbox
         self.busy_parent: bytes | None = None       # the running cell's header; see _settle
         self.subscribers = 0                        # subscriptions to iopub: one for each usual client
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket] = {}
+        self._socket_files: list[str] = []
+        self._admission = None if access is None else Admission(
+            self._context, access, self._cut_readers_soon, listen.max_connections if listen else 0)
+        self._owners: dict[bytes, str] = {}         # identity -> the key that used it first; see _owner_of
+        self._is_to_cut = self._is_cut = False      # somebody lost the right to read iopub; its port is closed
         try:
             for channel, kind in (("shell", zmq.ROUTER), ("control", zmq.ROUTER), ("stdin", zmq.ROUTER),
                                   ("iopub", zmq.XPUB), ("hb", zmq.ROUTER)):
                 info = self._bind(info, channel, kind)
+            if listen is not None:
+                self.listening = self._listen(listen)
         except BaseException:
             self._context.destroy(linger=0)
+            remove_sockets(self._socket_files)
             raise
         self.info = info
         self._heartbeat = Heartbeat(self._sockets.pop("hb"))
@@ -135,7 +170,14 @@ class KernelChannels:
     def _bind(self, info: ConnectionInfo, channel: str, kind: int) -> ConnectionInfo:
         sock = self._sockets[channel] = self._context.socket(kind)
         sock.linger = 1000
-        sock.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+        sock.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * (self.listen.handshake_seconds if self.listen else 5.0)))
+        if self._admission is not None:
+            self._admission.guard(sock, channel)
+        if self.listen is not None:
+            # A peer whose machine or network is gone frees its identity, for it may come back.
+            sock.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+            sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
+            sock.setsockopt(zmq.IPV6, ":" in self.listen.host)
         # A peer without a key reaches this far: what is larger costs it the connection and us no memory.
         sock.setsockopt(zmq.MAXMSGSIZE, 1024 if channel == "hb" else self.limits.max_frame)
         if channel == "iopub":
@@ -143,7 +185,8 @@ class KernelChannels:
             sock.setsockopt(zmq.XPUB_NODROP, 1)
             sock.setsockopt(zmq.XPUB_VERBOSER, 1)   # each subscriber is seen to come and go, not each topic
         else:
-            sock.setsockopt(zmq.SNDHWM, 100_000)    # replies a client has yet to read
+            # Replies that a client has yet to read; one from elsewhere may ask for many and read none.
+            sock.setsockopt(zmq.SNDHWM, 100_000 if self.listen is None else 10_000)
         if info.curve_secretkey and info.curve_publickey:
             sock.curve_server = True
             sock.curve_secretkey, sock.curve_publickey = info.curve_secretkey, info.curve_publickey
@@ -161,12 +204,36 @@ class KernelChannels:
                                       "that has it" % (url, channel, error.strerror), 4) from None
         finally:
             os.umask(umask)
-        if info.transport == "tcp" and port == 0:
+        if info.transport == "ipc":
+            self._socket_files.append(url[len("ipc://"):])
+        elif port == 0:
             port = int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         return info._replace(**{channel + "_port": port})
 
+    def _listen(self, listen: Listen) -> int:
+        """Bind five ports in a row; all of them, or none and the next five are tried.  Returns the first."""
+        error: zmq.ZMQError | None = None
+        for first in listen.ports:
+            bound: list[tuple[zmq.Socket, str]] = []
+            try:
+                for offset, channel in enumerate(CHANNELS):
+                    url = address(listen.host, first + offset)
+                    self._sockets[channel].bind(url)
+                    bound.append((self._sockets[channel], url))
+                return first
+            except zmq.ZMQError as why:
+                error = why
+                for sock, url in bound:
+                    sock.unbind(url)
+            if error.errno != errno.EADDRINUSE:
+                break
+        raise ConnectionFileError("%s: cannot listen, port %d (%s): %s; choose another address or port, or stop the "
+                                  "program that has it" % (listen.host, first + offset, channel, error.strerror), 4)
+
     # -- called by the main thread
     def start(self) -> None:
+        if self._admission is not None:
+            self._admission.start(set(self._remote_ports()))
         self._heartbeat.start()
         self._thread = own_thread("twoproc-io", self._run_or_die)
 
@@ -190,6 +257,7 @@ class KernelChannels:
         if not isinstance(content, bytes):
             content = encode(content)
         buffers = [buffer if isinstance(buffer, bytes) else memoryview(buffer).tobytes() for buffer in buffers]
+        metadata = seal(metadata, buffers)
         self._put_bytes += len(content) + sum(map(len, buffers)) + 64
         if self._put_bytes - self._sent_bytes > self._outbox_limit:
             self._wait_for_room()
@@ -224,6 +292,10 @@ class KernelChannels:
         What it returns, entries for the outbox, goes in front of everything that was queued after it.
         """
         self.outbox.put(function)
+
+    def _cut_readers_soon(self) -> None:
+        self._is_to_cut = True          # not by way of the outbox: the reader to be cut may be the one that is stuck
+        self.outbox.ring()
 
     def _wait_for_room(self) -> None:
         # Back pressure, as in a terminal.  A sleep, not a condition: Ctrl-C may strike here, and so may a
@@ -282,6 +354,8 @@ class KernelChannels:
                 elif ready in self._descriptors:
                     poller.unregister(ready)
                     self._descriptors.pop(ready)()
+            if self._is_to_cut:
+                self._cut_readers()
             self._drain()
         for sock in self._sockets.values():
             sock.close()
@@ -294,6 +368,8 @@ class KernelChannels:
             return 0
         if self._head is not None:
             waits.append(0.005)     # poll() calls iopub writable while send says it is full
+        if self._is_to_cut:
+            waits.append(0.005)     # until the system has let go of the port
         if self._is_losing:
             waits.append(SETTLE_SECONDS)
         if not is_reading_shell:
@@ -306,24 +382,68 @@ class KernelChannels:
     def _receive(self, channel: str) -> bool:
         """Take in up to RECEIVE_AT_ONCE messages; False when there were fewer."""
         sock = self._sockets[channel]
+        user = ""
         for _ in range(RECEIVE_AT_ONCE):
             try:
-                frames = sock.recv_multipart(zmq.NOBLOCK)
+                if self.listen is None or channel == "iopub":
+                    frames = sock.recv_multipart(zmq.NOBLOCK)
+                else:
+                    parts = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+                    user, frames = self._user_of(parts[-1]), [part.bytes for part in parts]
             except zmq.Again:
                 return False
             if channel == "iopub":
                 self._welcome(frames[0])
                 continue
             try:
+                if self.listen is not None:
+                    self._check_owner(frames[0], user)
+                    if channel == "control" and frames[1:] == [HELLO]:
+                        self._send(sock, [frames[0], HELLO, self.on_hello(user)])
+                        continue
                 message = self.session.deserialize(frames)
-                self.on_message(channel, message)
+                self.on_message(channel, message._replace(user=user) if user else message)
             except BadMessage as error:
+                error.message = error.message._replace(user=user)
                 self.on_bad_message(channel, error)
             except MessageError as error:
                 logger.warning("%s: %s", channel, error)
             except Exception:       # a fault of ours costs this message its answer, not everybody the kernel
                 logger.exception("%s: a message could not be handled", channel)
         return True
+
+    @staticmethod
+    def _user_of(frame: zmq.Frame) -> str:
+        """What twoproc-admission said of the connection that this frame came by."""
+        user = str(frame.get("User-Id"))
+        return "" if user == LOCAL else user
+
+    def _check_owner(self, identity: bytes, user: str) -> None:
+        """An identity belongs to the key that used it first: nobody comes into another's replies and questions."""
+        if self._owners.setdefault(identity, user) != user:
+            raise MalformedMessage("identity %.40r belongs to another key" % identity)
+        if len(self._owners) > MAX_IDENTITIES:
+            del self._owners[next(iter(self._owners))]
+
+    def _cut_readers(self) -> None:
+        """Somebody's key was withdrawn: cut everybody who reads iopub from elsewhere; the others come back at once.
+
+        ZeroMQ asks for a key when a connection is made and never again, and no single one can be cut.  Who comes
+        back has missed some messages, sees that by their numbers, and gets them from the session log.
+        """
+        assert self.listen is not None and self.listening is not None
+        url = address(self.listen.host, self.listening + CHANNELS.index("iopub"))
+        iopub = self._sockets["iopub"]
+        if not self._is_cut:
+            with contextlib.suppress(zmq.ZMQError):
+                iopub.unbind(url)
+            self._is_cut = True
+        with contextlib.suppress(zmq.ZMQError):     # the port may still be closing: tried again
+            iopub.bind(url)
+            self._is_to_cut = self._is_cut = False
+
+    def _remote_ports(self) -> range:
+        return range(self.listening, self.listening + len(CHANNELS)) if self.listening else range(0)
 
     def _welcome(self, frame: bytes) -> None:
         """A subscription came (1 and the topic) or went (0): JEP 65, iopub_welcome."""
@@ -455,11 +575,13 @@ class KernelChannels:
             from termios import TIOCOUTQ
         except ImportError:         # Windows
             return True
-        port = self.info.iopub_port if self.info.transport == "tcp" else self.info.url("iopub")[len("ipc://"):]
+        here = {self.info.iopub_port if self.info.transport == "tcp" else self.info.url("iopub")[len("ipc://"):]}
+        if self.listening:
+            here.add(self.listening + CHANNELS.index("iopub"))
         for descriptor, name in _own_sockets():
             try:
-                here = name[1] if isinstance(name, tuple) else name
-                if here == port and any(ioctl(descriptor, TIOCOUTQ, bytes(4))):
+                is_ours = (name[1] if isinstance(name, tuple) else name) in here
+                if is_ours and any(ioctl(descriptor, TIOCOUTQ, bytes(4))):
                     return False
             except OSError:         # the listening socket
                 continue
@@ -482,7 +604,7 @@ class KernelChannels:
         Without it a child that outlives the kernel keeps its ports busy.  libzmq's own objects are left
         alone: they belong to threads that do not exist here.
         """
-        ours = {getattr(self.info, name) for name in self.info._fields if name.endswith("_port")}
+        ours = {*self._remote_ports(), *(self.info.port(channel) for channel in CHANNELS)}
         for descriptor, name in list(_own_sockets()):
             if name[1] in ours if isinstance(name, tuple) else str(name).startswith(self.info.ip + "-"):
                 os.close(descriptor)

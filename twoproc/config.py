@@ -27,7 +27,8 @@ class Setting(NamedTuple):
     """One line of the table. `default` is text, as it would stand in a file.
 
     kind: "yes | no" gives a bool, other words between bars a str that is one of them, "seconds" a float,
-    "count" an int of 1 or more, "number" one of 0 or more, "word" a str that is neither empty nor has spaces.
+    "count" an int of 1 or more, "number" one of 0 or more, "word" a str that is neither empty nor has spaces,
+    "text" any str, "path" the whole path of a file; %config% in it is the folder of the user's twoproc.ini.
     """
 
     section: str
@@ -49,6 +50,17 @@ SETTINGS = (
             "how long a kernel that a frontend started stays without any client; 0 for ever"),
     Setting("kernel", "completion_seconds", "seconds", "1.0",
             "after this a completion or inspection asked for while a cell runs is answered empty"),
+    Setting("network", "listen", "text", "",
+            "an address for other machines, HOST or HOST:PORT, or empty; only with authorised keys"),
+    Setting("network", "port_base", "count", "20555", "the first of the five ports: shell, iopub, stdin, control, hb"),
+    Setting("network", "port_slots", "count", "10", "where a port is taken, so many times ten ports on are tried"),
+    Setting("network", "handshake_seconds", "seconds", "5", "how long a connection may take to say who it is"),
+    Setting("network", "max_connections", "count", "64", "clients from other machines at a time"),
+    Setting("auth", "authorized_keys", "path", "%config%/authorized_keys", "whose keys a listening kernel lets in"),
+    Setting("auth", "known_kernels", "path", "%config%/known_kernels", "the kernels this user trusts, and their keys"),
+    Setting("auth", "host_key", "path", "%config%/host_key", "the key that our listening kernels show"),
+    Setting("auth", "client_key", "path", "%config%/id_key", "the key that we show to kernels on other machines"),
+    Setting("limits", "requests_per_second", "count", "200", "requests of one key; twice as many in a burst"),
     Setting("limits", "max_frame_mb", "count", "64", "the largest frame; a larger one costs its sender the connection"),
     Setting("limits", "max_frames", "count", "64", "the most frames in a message"),
     Setting("limits", "max_message_mb", "count", "128", "the largest message, its buffers included"),
@@ -71,6 +83,8 @@ SETTINGS = (
     Setting("recovery", "keep_closed", "number", "0", "logs of kernels that were closed properly, kept at most"),
     Setting("recovery", "notice", "yes | no", "yes",
             "a kernel restarted after a crash says so in the output of its first cell"),
+    Setting("log", "access_log", "yes | no", "yes", "note who comes, goes and is refused, on a listening kernel"),
+    Setting("log", "access_log_mb", "count", "5", "its size, before the file is renamed and begun anew"),
     Setting("frontend", "editing", "emacs | vi", "emacs", "the keys of the prompt"),
     Setting("frontend", "colors", "auto | dark | light | off", "auto",
             "colours for this background; `off` also with NO_COLOR in the environment"),
@@ -97,6 +111,7 @@ EXPECTED = {
     "count": "a whole number, 1 or more",
     "number": "a whole number, 0 or more",
     "word": "some characters without a space",
+    "path": "a whole path; %config% stands for the folder of your twoproc.ini",
 }
 
 
@@ -258,6 +273,12 @@ def _parse(setting: Setting, text: str, origin: str) -> Any:
     elif " | " in kind:
         if text.lower() in kind.split(" | "):
             return text.lower()
+    elif kind == "text":
+        return text
+    elif kind == "path":
+        path = os.path.expanduser(text.replace("%config%", os.path.dirname(user_file())))
+        if os.path.isabs(path):
+            return path
     elif kind == "word":
         if text and not any(map(str.isspace, text)):
             return text

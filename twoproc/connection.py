@@ -105,6 +105,12 @@ class ConnectionInfo(NamedTuple):
         host = f"[{self.ip}]" if ":" in self.ip and not self.ip.startswith("[") else self.ip
         return f"{self.transport}://{host}:{self.port(channel)}"
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether there is a network in between: what is cut may come back, and says nothing of the kernel."""
+        return bool(self.extra.get("twoproc_remote") or self.extra.get("twoproc_forwarded")
+                    or self.transport == "tcp" and not is_loopback(self.ip))
+
     def ipc_paths(self) -> list[str]:
         """The five socket files, none for tcp."""
         return [f"{self.ip}-{self.port(c)}" for c in CHANNELS] if self.transport == "ipc" else []
@@ -167,6 +173,18 @@ def kernels_folder() -> str:
     return private_folder(os.path.join(runtime_folder(), "kernels"))
 
 
+def make_folders(path: str, mode: int = 0o700) -> None:
+    """Make a folder, and those above it that are missing, for nobody else to write in, whatever the umask.
+
+    os.makedirs gives its mode to the last one only.  What is there already stays as it is.
+    """
+    above = os.path.dirname(path)
+    if above != path and not os.path.isdir(above):
+        make_folders(above, mode)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, mode)
+
+
 def private_folder(path: str, variable: str = "TWOPROC_RUNTIME") -> str:
     """Make `path` a folder for us alone, or see that it is one; its absolute path.
 
@@ -184,6 +202,16 @@ def private_folder(path: str, variable: str = "TWOPROC_RUNTIME") -> str:
     if sys.platform != "win32" and above & stat.S_IWOTH and not above & stat.S_ISVTX:
         raise _unsafe(f"folder {path}: every user may rename it (no sticky bit above); set {variable} to another")
     return path
+
+
+def leave_current_folder() -> None:
+    """Import nothing more from the current folder, which `python -m` puts in front of everything; for main modules.
+
+    What Python has taken from there already, it has: docs/security.md says how to start where that matters.
+    """
+    with contextlib.suppress(OSError):      # the folder has been removed
+        if not getattr(sys.flags, "safe_path", False) and sys.path[:1] == [os.getcwd()]:
+            sys.path.pop(0)
 
 
 def _refuse_unsafe(path: str, found: os.stat_result, is_folder: bool = False) -> None:
@@ -462,7 +490,7 @@ def publish_to_jupyter(path: str, info: ConnectionInfo) -> None:
     """Copy the file to where `jupyter console --existing` looks."""
     copy = _published_path(path)
     with contextlib.suppress(OSError):  # writing tells
-        os.makedirs(os.path.dirname(copy), mode=0o700, exist_ok=True)
+        make_folders(os.path.dirname(copy))
     write_connection_file(copy, info)
 
 
@@ -623,15 +651,20 @@ def is_same_file(fd: int, path: str) -> bool:
 
 def remove_files(path: str, info: ConnectionInfo) -> None:
     """Remove a connection file, its sockets and its published copy; for who holds the Claim."""
-    for socket_path in info.ipc_paths():
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.lstat(socket_path).st_mode):
-                os.unlink(socket_path)
+    remove_sockets(info.ipc_paths())
     for candidate in (path, _published_path(path)):
         # Only if it still is the file of this kernel: a later one may have taken the path.
         with contextlib.suppress(OSError, ConnectionFileError):
             if read_connection_file(candidate, as_kernel=True).key == info.key:
                 os.unlink(candidate)
+
+
+def remove_sockets(paths: list[str]) -> None:
+    """Unlink socket files of our own, which ZeroMQ leaves when it closes them."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                os.unlink(path)
 
 
 def remove_stale() -> None:
@@ -687,6 +720,36 @@ def check_listening(info: ConnectionInfo) -> list[str]:
         raise _unsafe("the key is empty: messages would not be signed, anybody who connects could run code; use a key")
     # Only a file that we were given can have none. Jupyter's managers may want it so, and are obeyed.
     return ["the connection file has an empty key: messages are not signed, whoever can connect can run code"]
+
+
+def parse_listen(text: str, base: int, slots: int) -> tuple[str, tuple[int, ...]]:
+    """(numeric address, what the first port may be) for HOST or HOST:PORT; an IPv6 address with a port in brackets.
+
+    base, slots: where no port is given, `base` is tried, and then the next ten, `slots` times in all.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or host.count(":") > 0 and not host.endswith("]"):
+        host, port = text, ""
+    ports = tuple(base + 10 * slot for slot in range(slots))
+    if port:
+        if not re.fullmatch("[0-9]{1,5}", port):
+            raise ConnectionFileError(f"listen = {_shown(text)}: port {_shown(port)} is not a number; "
+                                      f"give HOST or HOST:PORT, such as 0.0.0.0:{base}")
+        ports = (int(port),)
+    if not all(1 <= first <= 65535 - len(CHANNELS) + 1 for first in ports):
+        raise ConnectionFileError(f"listen = {_shown(text)}: five ports from {max(ports)} on are needed, up to 65535")
+    host = "0.0.0.0" if host == "*" else host.strip("[]")
+    try:
+        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0], ports  # type: ignore[return-value]
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConnectionFileError(f"listen = {_shown(text)}: {_shown(host)}: {why}; give an address of this "
+                                  f"machine") from error
+
+
+def address(host: str, port: int) -> str:
+    """tcp://host:port, as ZeroMQ and people write it."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def is_loopback(ip: str) -> bool:

@@ -36,10 +36,23 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Callable
 
 from . import __version__, config, connection, crashlog
-from .channels import KernelChannels, Limits, Text
+from .access import Access, AccessLog, AuthorizedKeys
+from .access import NotAllowed as Forbidden
+from .access import RateLimited as TooOften
+from .channels import KernelChannels, Limits, Listen, Text, check_curve
 from .crashlog import is_private
 from .mailbox import own_thread
-from .session import MESSAGES, PROTOCOL_VERSION, BadMessage, Message, check_request, encode, timestamp
+from .session import (
+    MESSAGES,
+    PROTOCOL_VERSION,
+    BadMessage,
+    Message,
+    NotAllowed,
+    RateLimited,
+    check_request,
+    encode,
+    timestamp,
+)
 from .sessionlog import Page, SessionLog
 from .streams import DescriptorCapture, InStream, OutStream, set_forked
 
@@ -53,6 +66,7 @@ NUDGE_SECONDS = 0.1             # a cell that did not run for so long is blocked
 GRACE = 1.0                     # seconds a running cell has to end when the kernel is told to
 EXIT_SECONDS = 2.0              # that functions registered with atexit have together
 EXIT_USAGE = 2
+LAST_INPUT_CHARS = 80
 NO_INPUT = "this frontend did not offer to answer input(): its request had allow_stdin false"
 
 
@@ -79,6 +93,7 @@ class Kernel:
         self.notice: tuple[str, str] | None = None      # of a crash before us, as text and as HTML
         self._is_notice_told = False
         self._is_child = False
+        self.name = ""
         self.capture = DescriptorCapture()
         self.stderr: Any = sys.stderr           # that of the process, when cells have got theirs
         self._is_reading_asked = False          # twoproc-io's: a reading of the capture is in the outbox
@@ -105,9 +120,10 @@ class Kernel:
         self._nudge_at = 0.0
         self._nudges: tuple[Message | None, int] = None, 0      # the cell, and how often since it last went on
         self._cell_sigint: Any = signal.default_int_handler
-        self.process = os.getpid()
+        self.process, self.started = os.getpid(), time.time()
+        self.last_input = ""                # one line of it, for twoproc_status_request; of no private cell
         self._leads_group = hasattr(os, "getpgrp") and os.getpgrp() == os.getpid()
-        channels.on_message = self.on_message
+        channels.on_message, channels.on_hello = self.on_message, self.hello
         channels.on_bad_message = self.on_bad_message
         channels.on_tick = self.on_tick
 
@@ -132,6 +148,8 @@ class Kernel:
         """Everything verified that a client sends comes through here and goes to the thread that handles it."""
         kind = message.msg_type
         if channel == "stdin":
+            if message.user:
+                self._check_access(message)
             self.input_reply(message)
             return
         if kind not in MESSAGES or MESSAGES[kind].fields is None:
@@ -139,11 +157,16 @@ class Kernel:
             with self.answering(message):
                 pass
             return
+        if message.user:
+            self._check_access(message)
         message = message._replace(content=check_request(message, channel))
         if kind == "execute_request" and self._was_before_restart(message.header):
             raise BadMessage("execute_request: dated %.40s, not after what this client sent to the kernel before it "
                              "was restarted; it is not run again" % message.header.get("date"), message)
-        if kind in self.AT_ONCE:
+        if kind == "twoproc_status_request":
+            # Without busy and idle: to everybody else a list of kernels is not somebody who came.
+            self.twoproc_status_request(channel, message)
+        elif kind in self.AT_ONCE:
             with self.answering(message):
                 self.AT_ONCE[kind](self, channel, message)
         elif kind in self.BY_HELPER:
@@ -156,19 +179,53 @@ class Kernel:
 
     def on_bad_message(self, channel: str, error: BadMessage) -> None:
         """An honest client with a bug must not wait for ever: an error reply, and idle."""
-        logger.warning("%s: %s", channel, error)
         message = error.message
+        if message.user and type(error) is BadMessage:
+            try:
+                self._check_access(message)
+            except BadMessage as refusal:       # this comes before what else is wrong with it
+                error = refusal
+        logger.warning("%s: %s", channel, error)
         kind = MESSAGES.get(message.msg_type)
         if channel == "stdin":
             return
+        name = type(error).__name__
+        content: dict[str, Any] = {"status": "error", "ename": name, "evalue": str(error),
+                                   "traceback": ["%s: %s" % (name, error)]}
+        if kind is not None and kind.reply == "execute_reply":
+            content["execution_count"] = self.execution_count
+        if isinstance(error, RateLimited):      # to the sender alone: others need not hear of it
+            if kind is not None and kind.reply is not None:
+                self.channels.reply_now(channel, message, kind.reply, content)
+            return
         with self.answering(message):
             if kind is not None and kind.reply is not None:
-                name = type(error).__name__
-                content: dict[str, Any] = {"status": "error", "ename": name, "evalue": str(error),
-                                           "traceback": ["%s: %s" % (name, error)]}
-                if kind.reply == "execute_reply":
-                    content["execution_count"] = self.execution_count
                 self.reply(message, kind.reply, content, channel)
+
+    def _check_access(self, message: Message) -> None:
+        """Raises NotAllowed or RateLimited: for whoever is not of this machine, each message is looked at anew."""
+        access, kind = self.channels.access, message.msg_type
+        assert access is not None
+        try:
+            access.check(message.user, kind)
+        except TooOften as error:
+            raise RateLimited(str(error), message) from None
+        except Forbidden as error:
+            raise NotAllowed(str(error), message) from None
+        if kind in ("execute_request", "interrupt_request", "shutdown_request"):
+            access.note(kind.removesuffix("_request"), message.user)
+
+    def hello(self, user: str) -> bytes:
+        """To a client on another machine, which has no connection file: what it needs of ours."""
+        access, info = self.channels.access, self.channels.info
+        assert access is not None
+        rights = access.rights(user)
+        if not rights:
+            return b"{}"
+        access.note("hello", user, rights=rights)
+        return encode({"key": info.key.decode("ascii"), "signature_scheme": info.signature_scheme,
+                       "kernel_name": self.name, "user": access.name(user), "rights": rights,
+                       "session": "" if self.log is None else self.log.id})
 
     def kernel_info_request(self, channel: str, message: Message) -> None:
         content = kernel_info()
@@ -200,6 +257,18 @@ class Kernel:
         rest = encode({"status": "ok", "session": session, "seq": newest, "next_seq": page.next_seq, "cut": page.cut})
         self.channels.reply_now(channel, message, "twoproc_log_reply", b'{"records":[%s],"parents":{%s},%s' % (
             b",".join(page.records), parents, rest[1:]))
+
+    def twoproc_status_request(self, channel: str, message: Message) -> None:
+        """Who we are and what we do, for a list of kernels."""
+        folder = ""
+        with contextlib.suppress(OSError):      # it was removed
+            folder = os.getcwd()
+        state = "starting" if self.interpreter is None else "idle" if self.running is None else "busy"
+        self.channels.reply_now(channel, message, "twoproc_status_reply", {
+            "status": "ok", "name": connection.kernel_name_of(self.claim.path) if self.claim is not None else "",
+            "pid": self.process, "started": self.started, "cwd": folder, "execution_state": state,
+            "clients": self.channels.subscribers, "execution_count": self.execution_count,
+            "last_input": self.last_input, "listen": self.channels.info.extra.get("twoproc_listen", "")})
 
     def _was_before_restart(self, header: dict) -> bool:
         """A message captured from the wire and sent again to our successor with the same key is not run twice."""
@@ -507,6 +576,9 @@ class Kernel:
         self.channels.busy_parent = message.header_bytes
         self.interpreter.set_parent(message)
         is_logged = self.log is not None and content["store_history"] and not content["silent"]
+        if content["store_history"] and not content["silent"] and not is_private(content["code"]):
+            first, _, rest = content["code"].strip().partition("\n")
+            self.last_input = first[:LAST_INPUT_CHARS] + ("..." if rest or len(first) > LAST_INPUT_CHARS else "")
         if is_logged:       # on disk before anybody hears of it
             self._log_begin(message.header_bytes, message.msg_id, content["code"], message.metadata.get("cellId"))
         began = time.monotonic()
@@ -906,7 +978,8 @@ def main(argv: list[str] | None = None) -> int:
     if options := [word for word in unknown if word.startswith("-")]:
         print("%s: ignoring %s" % (program.prog, " ".join(options)), file=sys.stderr)
     try:
-        settings = config.load(arguments, {"--transport": ("kernel.transport", arguments.transport)})
+        settings = config.load(arguments, {"--transport": ("kernel.transport", arguments.transport),
+                                           "--listen": ("network.listen", arguments.listen)})
         if arguments.show_config:
             print(settings.show())
             return 0
@@ -926,6 +999,8 @@ def parser() -> argparse.ArgumentParser:
                          help="the connection file; made if it does not exist")
     program.add_argument("--name", help="a name to join the kernel by (default: an animal and a number)")
     program.add_argument("--transport", choices=("ipc", "tcp"), help="how to be reached on this machine")
+    program.add_argument("--listen", metavar="HOST[:PORT]",
+                         help="be reached from other machines too, by those whose keys are authorised")
     program.add_argument("--profile-dir", metavar="DIR", help="the IPython profile (default: profile_default)")
     program.add_argument("--orphan-timeout", type=float, default=0, metavar="SECONDS",
                          help="end after so long without any client (default: never)")
@@ -947,16 +1022,20 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         settings["limits.iopub_queue"], settings["limits.slow_reader_seconds"], settings["limits.replay_memory"],
         settings["limits.outbox_mb"] * megabyte)
     warnings = connection.check_listening(info)
+    info, access, listen = who_may_connect(info, settings)
     claim = connection.Claim(path)
     try:
-        channels = KernelChannels(info, limits)
+        channels = KernelChannels(info, limits, access, listen)
     except BaseException:
         claim.release()         # a manager's file stays where it is
         raise
     kernel = Kernel(channels, settings["kernel.completion_seconds"], arguments.orphan_timeout)
     try:
         kernel.ends_on_exit = is_given and "twoproc_pid" not in info.extra      # a file that we wrote has it
-        info = kernel.channels.info._replace(extra={**kernel.channels.info.extra, "twoproc_pid": os.getpid()})
+        extra = {**channels.info.extra, "twoproc_pid": os.getpid()}
+        if listen is not None:
+            extra["twoproc_listen"] = connection.address(listen.host, channels.listening or 0)
+        info, kernel.name = channels.info._replace(extra=extra), connection.kernel_name_of(path)
 
         def tidy() -> None:
             if not kernel.is_restart:
@@ -973,6 +1052,8 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         connection.write_connection_file(path, info)
         if settings["kernel.publish_jupyter"]:
             connection.publish_to_jupyter(path, info)
+        if listen is not None:
+            announce(kernel, extra["twoproc_listen"], access)
         if not arguments.connection_file and sys.stderr is not None and sys.stderr.isatty():
             name = connection.kernel_name_of(path)
             print("kernel %s is ready; join it with  python -m %s.frontend --existing %s" % (name, __package__, name),
@@ -990,6 +1071,53 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         raise
     kernel.finish()
     return kernel.exit_status
+
+
+def who_may_connect(info: connection.ConnectionInfo, settings: config.Settings) \
+        -> tuple[connection.ConnectionInfo, Access | None, Listen | None]:
+    """The connection with the keys it shows, whom it lets in, and where it listens to other machines.
+
+    Raises ConnectionFileError, exit code 5, where strangers could come in.
+    """
+    log_path = None
+    if settings["log.access_log"]:
+        with contextlib.suppress(crashlog.StateError):      # the session log says what is wrong with the folder
+            log_path = os.path.join(crashlog.state_folder(), "access.log")
+    access_log = AccessLog(log_path, settings["log.access_log_mb"] << 20)
+    if not settings["network.listen"]:
+        if info.transport != "ipc" and info.curve_publickey is None:
+            return info, None, None         # of a connection by loopback nothing is known, not even the user
+        own = connection.hex_of(info.curve_publickey) if info.curve_publickey else None
+        return info, Access(None, own, info.transport != "ipc", access_log, 0), None
+    listen = Listen(*connection.parse_listen(settings["network.listen"], settings["network.port_base"],
+                                             settings["network.port_slots"]),
+                    settings["network.handshake_seconds"], settings["network.max_connections"])
+    if info.transport != "ipc" or info.curve_publickey is not None:
+        raise connection.ConnectionFileError("a kernel that listens to other machines makes its own connection file; "
+                                             "start it without -f, --transport tcp and without CURVE keys of others")
+    check_curve()
+    from . import keys
+    host_key, authorized = settings["auth.host_key"], AuthorizedKeys(settings["auth.authorized_keys"])
+    try:
+        host = keys.load_pair(host_key)
+    except FileNotFoundError:
+        host = None
+    if host is None or not authorized.current():
+        missing = "no host key in %s" % host_key if host is None else "nobody's key in %s" % authorized.path
+        raise connection.ConnectionFileError(
+            "listen = %s: %s. Run  python -m %s.keys new --host  once, and  python -m %s.keys authorize LINE  for the "
+            "line that each user's  keys new  has printed" % (settings["network.listen"], missing, __package__,
+                                                               __package__), 5)
+    info = info._replace(curve_publickey=connection.z85_of(host.public),
+                         curve_secretkey=connection.z85_of(host.secret))
+    return info, Access(authorized, host.public, False, access_log, settings["limits.requests_per_second"]), listen
+
+
+def announce(kernel: Kernel, address: str, access: Access | None) -> None:
+    """Where we listen, for whoever started us and for the access log."""
+    assert access is not None
+    access.log.note("listen", name=kernel.name, address=address)
+    print("listening at %s for the keys in %s" % (address, access.keys.path), file=sys.stderr)
 
 
 def make_log(kernel: Kernel, settings: config.Settings, path: str) -> SessionLog:
@@ -1101,4 +1229,5 @@ def make_interpreter(kernel: Kernel, arguments: argparse.Namespace, path: str, i
 
 
 if __name__ == "__main__":
+    connection.leave_current_folder()
     sys.exit(main())
