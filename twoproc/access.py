@@ -170,32 +170,33 @@ def parse_keys(text: str) -> tuple[list[Key], list[str]]:
 
 
 def read_trusted(path: str) -> str:
-    """The text of a file that says whom we trust: it must be ours, or root's, and only ours to write.
+    """The text of a file that says whom we trust: ours, or root's, and nobody else's to write.
 
     Raises FileNotFoundError, OSError for what is TRANSIENT, ConnectionFileError (exit code 5) for all else.
     """
+    fault, content = "", b""
     try:
         fd = os.open(path, os.O_RDONLY | O_SAFE)
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                fault = "is not a regular file"
+            elif sys.platform != "win32" and found.st_uid not in (os.geteuid(), 0):
+                fault = f"belongs to another user (uid {found.st_uid})"
+            elif sys.platform != "win32" and found.st_mode & 0o022:
+                fault = f"others can write it (mode {stat.S_IMODE(found.st_mode):04o}); run: chmod go-w {path}"
+            elif found.st_size > FILE_LIMIT:
+                fault = f"has {found.st_size} bytes, expected at most {FILE_LIMIT}"
+            else:
+                content = b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+        finally:
+            os.close(fd)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or error.errno in TRANSIENT:
             raise
-        why = "is a symbolic link" if error.errno in (errno.ELOOP, errno.EMLINK) else error.strerror
-        raise ConnectionFileError(f"{path}: {why}; not used. Put a regular file there", 5) from error
-    try:
-        found, fault = os.fstat(fd), ""
-        if not stat.S_ISREG(found.st_mode):
-            fault = "is not a regular file; not used. Put one there"
-        elif sys.platform != "win32" and found.st_uid not in (os.geteuid(), 0):
-            fault = f"belongs to another user (uid {found.st_uid}); not used. Put a file of your own there"
-        elif sys.platform != "win32" and found.st_mode & 0o022:
-            fault = f"others can write it (mode {stat.S_IMODE(found.st_mode):04o}); not used. Run: chmod go-w {path}"
-        elif found.st_size > FILE_LIMIT:
-            fault = f"has {found.st_size} bytes, expected at most {FILE_LIMIT}; not used"
-        if fault:
-            raise ConnectionFileError(f"{path}: {fault}", 5)
-        content = b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
-    finally:
-        os.close(fd)
+        fault = "is a symbolic link" if error.errno in (errno.ELOOP, errno.EMLINK) else str(error.strerror)
+    if fault:
+        raise ConnectionFileError(f"{path}: not used: {fault}", 5)
     # What is not UTF-8 becomes unprintable: in a comment it harms nobody, in a name it spoils that line alone.
     return content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
@@ -212,7 +213,7 @@ class AuthorizedKeys:
         self.expired: dict[str, Key] = {}       # those whose last day is over
         self._clock, self._today = clock, today
         self._lock = threading.Lock()           # for twoproc-io and twoproc-admission, who both may find it old
-        self._looked_at = -LOOK_SECONDS - clock() - 1e9
+        self._looked_at = clock()
         self._seen: tuple[str, str] | None = None
         self._keys: list[Key] = []
         self._current: dict[str, Key] = {}
@@ -221,7 +222,7 @@ class AuthorizedKeys:
         """By key, what is good today; not to be changed by the caller."""
         with self._lock:
             now = self._clock()
-            if now - self._looked_at >= max_age:
+            if self._seen is None or now - self._looked_at >= max_age:
                 self._looked_at = now
                 self._look()
             return self._current
@@ -262,7 +263,7 @@ class AccessLog:
     """
 
     def __init__(self, path: str | None, max_bytes: int = 5 << 20, clock: Callable[[], float] = time.time):
-        self.path, self._max_bytes, self._clock = path, max_bytes, clock
+        self.path, self._max_bytes, self._clock = path or "", max_bytes, clock
         self._lock = threading.Lock()           # protects what follows, and keeps lines of one second together
         self._second = 0
         self._written: dict[str, set[str]] = {}     # this second's lines by event
@@ -271,7 +272,7 @@ class AccessLog:
         self._is_torn = False                   # the last line has no end: the disk was full
 
     def note(self, event: str, **fields: Any) -> None:
-        if self.path is None:
+        if not self.path:
             return
         with self._lock:
             now = self._clock()
@@ -294,16 +295,16 @@ class AccessLog:
         time_text = datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="milliseconds")
         line = (json.dumps({"time": time_text, **record}) + "\n").encode("ascii")
         try:
-            fd = self._open()
-            try:
-                if os.fstat(fd).st_size + len(line) > self._max_bytes and self._rotate(fd):
-                    os.close(fd)
-                    fd = self._open()
-                if os.fstat(fd).st_size < 2 * self._max_bytes:      # whoever should rotate it is stuck
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, fd := self._open())
+                # Who renames it has its lock. Nobody waits: a line more in a file that is being renamed is no loss.
+                if os.fstat(fd).st_size + len(line) > self._max_bytes and try_lock(fd):
+                    if is_same_file(fd, self.path):
+                        os.replace(self.path, f"{self.path}.1")
+                    stack.callback(os.close, fd := self._open())
+                if os.fstat(fd).st_size < 2 * self._max_bytes:      # else whoever should rename it is stuck
                     line = b"\n" * self._is_torn + line
                     self._is_torn = os.write(fd, line) < len(line)
-            finally:
-                os.close(fd)
         except (OSError, ConnectionFileError) as error:     # a full disk ends no connection
             if str(error) != self._complaint:
                 self._complaint = str(error)
@@ -318,18 +319,11 @@ class AccessLog:
                 return open_private(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         raise OSError(errno.EBUSY, f"{self.path} comes and goes")
 
-    def _rotate(self, fd: int) -> bool:
-        """Whether the file is no longer the one to write to.  Who rotates has its lock; nobody waits for it."""
-        if not try_lock(fd):
-            return False            # a line more in a file that is being renamed is no loss
-        if is_same_file(fd, self.path):
-            os.replace(self.path, f"{self.path}.1")
-        return True
-
 
 def _without_keys(value: Any) -> Any:
-    text = value if isinstance(value, (int, float)) else str(value)[:500]
-    return re.sub(r"[0-9a-fA-F]{64}", lambda found: fingerprint(found[0]), text) if isinstance(text, str) else text
+    if isinstance(value, (int, float)):
+        return value
+    return re.sub(r"[0-9a-fA-F]{64}", lambda found: fingerprint(found[0]), str(value)[:500])
 
 
 # -- the two questions
