@@ -346,16 +346,23 @@ def read_connection_file(path: str, *, as_kernel: bool = False) -> ConnectionInf
     Exit code 5 if another user could read or could have written the file, 2 if its content is wrong.
     """
     path = os.path.abspath(path)
+    try:
+        with os.fdopen(open_private(path, os.O_RDONLY), "rb") as file:
+            text = file.read(FILE_LIMIT)
+    except FileNotFoundError as error:
+        raise ConnectionFileError(f"connection file {path}: no such file; has its kernel ended?") from error
+    return parse_connection_file(text, path, as_kernel=as_kernel)
+
+
+def parse_connection_file(text: bytes, path: str, *, as_kernel: bool = False) -> ConnectionInfo:
+    """Check the content of a connection file; path: where it is, for the errors."""
 
     def check(is_good: object, fault: str) -> None:
         if not is_good:
             raise ConnectionFileError(f"connection file {path}: {fault}")
 
     try:
-        with os.fdopen(open_private(path, os.O_RDONLY), "rb") as file:
-            members = json.loads(file.read(FILE_LIMIT))
-    except FileNotFoundError as error:
-        raise ConnectionFileError(f"connection file {path}: no such file; has its kernel ended?") from error
+        members = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, an endless number
         raise ConnectionFileError(f"connection file {path}: is not JSON ({error}); "
                                   f"was it written by another program?") from error
