@@ -444,4 +444,5 @@ class Plain:
 
 
 if __name__ == "__main__":
+    connection.leave_current_folder()
     sys.exit(main())

@@ -76,7 +76,7 @@ class KernelProcess:
         self.keep = keep
         self.is_ours = kernel_name is None and argv is None
         if self.is_ours:
-            self.spec = _own_spec()._replace(argv=_own_argv(cwd))
+            self.spec = _own_spec()
         elif argv is None:
             self.spec = find_kernelspec(kernel_name)
         else:
@@ -85,7 +85,7 @@ class KernelProcess:
         if connection_file is None and not self.is_ours:
             # Not among our kernels' files: what has no claim is taken for the remains of a dead kernel there.
             folder = connection.jupyter_runtime_folder()
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+            connection.make_folders(folder)
             name = name or "%s-%s" % (self.spec.name or "kernel", os.urandom(3).hex())
             connection_file = os.path.join(folder, "kernel-%s.json" % name)
         self.connection_file, self._info = connection.new_connection(
@@ -127,8 +127,12 @@ class KernelProcess:
         if re.fullmatch(r"python(3(\.\d+)?)?", argv[0]):
             argv[0] = sys.executable    # what a kernelspec in our own environment means by it
         # Append: what several processes write does not overwrite each other.
-        log = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-                      | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        how = os.O_WRONLY | os.O_APPEND
+        try:
+            log = connection.open_private(self.log_file, how | os.O_CREAT)
+        except FileExistsError:     # of the kernel before a restart
+            log = connection.open_private(self.log_file, how)
+            os.ftruncate(log, 0)
         self._ended.clear()
         self._cause, self._signal_sent, self._is_expected = None, 0, False
         # A thread of ours may block SIGINT; the child would inherit that, and could never be interrupted.
@@ -386,21 +390,20 @@ def _choose_ports(info: ConnectionInfo) -> ConnectionInfo:
     return info._replace(**ports)
 
 
-def _own_argv(cwd: str | None) -> tuple[str, ...]:
-    """`python -m <package>.kernel` where a new process finds this package by itself.
+def _own_argv() -> tuple[str, ...]:
+    """Our kernel in a new process, whatever lies in the folder that it starts in.
 
-    Else (a source folder, a vendored copy) its place is appended to the child's path: not by PYTHONPATH, which
-    the user's own children would inherit, and which would put whatever lies there in front of Python's modules.
+    Python puts the current folder in front of everything else for -m and -c: a twoproc.py or a json.py there would be
+    run as us before the first cell.  So it goes before anything is imported; IPython puts it back for the cells,
+    behind the standard library.  Not by -P, which Python 3.10 has not, and which the user's code would see.
+    The place of this package comes last, for a source folder or a vendored copy that the new process would not find:
+    not by PYTHONPATH, which the user's own children would inherit, and which would put whatever lies there in front.
     """
-    import sysconfig
     root = os.path.abspath(__file__)
     for _ in __name__.split("."):
         root = os.path.dirname(root)
-    found = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), os.path.abspath(cwd or os.getcwd()),
-             *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
-    if root in found:
-        return _own_spec().argv
-    code = "import sys; sys.path.append(%r); from %s.kernel import main; sys.exit(main())" % (root, __package__)
+    code = "import sys; sys.path[:1] == [''] and sys.path.pop(0); %r in sys.path or sys.path.append(%r); " \
+           "from %s.kernel import main; sys.exit(main())" % (root, root, __package__)
     return (sys.executable, "-c", code, "-f", "{connection_file}")
 
 
@@ -473,8 +476,7 @@ def _read_kernelspec(name: str, folder: str) -> KernelSpec:
 
 
 def _own_spec() -> KernelSpec:
-    argv = (sys.executable, "-m", (__package__ or "twoproc") + ".kernel", "-f", "{connection_file}")
-    return KernelSpec("twoproc", argv, "Python 3 (twoproc)", "python", "", "message", {},
+    return KernelSpec("twoproc", _own_argv(), "Python 3 (twoproc)", "python", "", "message", {},
                       {"supported_encryption": ["curve"], "debugger": False})
 
 
@@ -496,10 +498,11 @@ def install_kernelspec(name: str | None = None, *, user: bool = False, prefix: s
     members = {"argv": list(spec.argv), "display_name": display_name or spec.display_name, "language": spec.language,
                "interrupt_mode": spec.interrupt_mode, "metadata": spec.metadata, "kernel_protocol_version": "5.5",
                "env": {}}
-    os.makedirs(folder, exist_ok=True)
+    connection.make_folders(folder, 0o755)
     path = os.path.join(folder, "kernel.json")
     temporary = "%s.%d.tmp" % (path, os.getpid())       # a Jupyter server may be reading the old one
-    with open(temporary, "w", encoding="utf-8") as file:
+    # For others to read, below a prefix; never to write: who can, runs code as whoever starts this kernel.
+    with open(temporary, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o644)) as file:
         json.dump(members, file, indent=1)
         file.write("\n")
     os.replace(temporary, path)
