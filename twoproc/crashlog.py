@@ -103,7 +103,7 @@ def sessions_folder(state: str | None = None) -> str:
 
 def _private(folder: str) -> str:
     try:
-        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+        connection.make_folders(os.path.dirname(folder))
         return connection.private_folder(folder, "TWOPROC_STATE")
     except OSError as error:
         raise StateError(f"{folder}: {error.strerror}; set TWOPROC_STATE to a folder that you can write") from error
@@ -716,5 +716,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     import importlib
+    connection.leave_current_folder()
     # Not the main() above: recovery.py imports this module by its name, and raises that one's exceptions.
     sys.exit(importlib.import_module(__spec__.name).main())     # type: ignore[name-defined]

@@ -187,6 +187,9 @@ class History(HistoryManager):
 def connect(path: str) -> Any:
     """A connection to the database, with IPython's tables."""
     import sqlite3
+    if path != ":memory:":                              # a new file is for us alone, and what SQLite puts beside it
+        with contextlib.suppress(OSError):              # SQLite tells
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     db = sqlite3.connect(path, timeout=LOCK_SECONDS, check_same_thread=False,
                          detect_types=sqlite3.PARSE_DECLTYPES | sqlite3.PARSE_COLNAMES)
     try:

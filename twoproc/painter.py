@@ -286,7 +286,7 @@ class Painter:
             self._folder = self._folder or tempfile.mkdtemp(prefix="twoproc-images-")
             self._images += 1
             path = os.path.join(self._folder, "%d.%s" % (self._images, screen.IMAGES[kind]))
-            with open(path, "wb") as file:
+            with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
                 file.write(content)
         except OSError as error:
             return "(%s, %d bytes, not saved: %s)" % (kind, len(content), error.strerror)

@@ -927,6 +927,7 @@ class IPKernelApp(InteractiveShellApp, Application):
 
 def find_profile(folder: str | None) -> ProfileDir:
     """The profile to use; a fresh one in a temporary folder if none can be made where it belongs."""
+    umask = os.umask(0o077)                          # what IPython makes is for us alone; no cell runs yet
     try:
         if folder is None:
             return ProfileDir.create_profile_dir_by_name(get_ipython_dir(), "default")
@@ -935,3 +936,5 @@ def find_profile(folder: str | None) -> ProfileDir:
         import tempfile
         print("IPython profile %s: %s; using an empty one" % (folder or "default", error), file=sys.stderr)
         return ProfileDir(location=tempfile.mkdtemp(prefix="twoproc-profile-"))
+    finally:
+        os.umask(umask)
