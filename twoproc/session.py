@@ -79,6 +79,8 @@ MESSAGES: dict[str, MessageType] = {
     "twoproc_log_request": MessageType(("control",), "twoproc_log_reply", {
         "cells": Field(int, None), "from_seq": Field(int, None), "to_seq": Field(int, None),
         "max_bytes": Field(int, 1 << 20)}),
+    # ours: what `--list` says of a kernel; answered without busy and idle
+    "twoproc_status_request": MessageType(("control",), "twoproc_status_reply", {}),
     # comms: no reply, either direction
     "comm_open": MessageType(("shell", "iopub"), None, {**_COMM, "target_name": Field(str)}),
     "comm_msg": MessageType(("shell", "iopub"), None, _COMM),
@@ -98,6 +100,7 @@ MESSAGES: dict[str, MessageType] = {
     "interrupt_reply": MessageType(("control",)),
     "shutdown_reply": MessageType(("control", "shell", "iopub")),
     "twoproc_log_reply": MessageType(("control",)),
+    "twoproc_status_reply": MessageType(("control",)),
     # published by the kernel to everybody
     "status": MessageType(("iopub",)),
     "execute_input": MessageType(("iopub",)),
