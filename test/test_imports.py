@@ -22,6 +22,7 @@ ROOMS = {
     "connection": ("", ""),
     "config": ("", ""),
     "access": ("connection", ""),
+    "keys": ("access clientchannels config connection", ""),
     "mailbox": ("", "zmq"),
     "crashlog": ("connection recovery", ""),
     "sessionlog": ("connection crashlog", ""),
