@@ -37,14 +37,15 @@ ROOMS = {
     "comms": ("", "comm"),
     "admission": ("access mailbox", "zmq"),
     "channels": ("session connection mailbox access admission", "zmq"),
-    "kernel": ("session channels mailbox access keys connection config crashlog recovery sessionlog shell streams"
+    "kernel": ("session channels mailbox access keys connection config crashlog recovery sessionlog shell streams start"
                " launcher", ""),
     # whoever talks to it
     "clientchannels": ("session connection mailbox", "zmq"),
     "client": ("session clientchannels connection replay", ""),
     "replay": ("session client", ""),
     "launcher": ("connection client crashlog", ""),
-    "start": ("connection config launcher", ""),
+    "start": ("connection config launcher ssh client death", ""),
+    "ssh": ("connection", ""),
     "death": ("crashlog recovery connection client", ""),
     "cells": ("", ""),
     "painter": ("session screen", ""),
@@ -53,10 +54,10 @@ ROOMS = {
     "frontend": ("client launcher connection config session cells screen painter start terminal death", "IPython"),
 }
 KERNEL_SIDE = {"admission", "channels", "sessionlog", "shell", "history", "completion", "comms", "streams", "kernel"}
-CLIENT_SIDE = {"clientchannels", "client", "replay", "launcher", "start", "death", "cells", "screen", "painter",
+CLIENT_SIDE = {"clientchannels", "client", "replay", "launcher", "start", "ssh", "death", "cells", "screen", "painter",
                "prompt", "terminal", "frontend"}
-# `kernel --install-kernelspec` is a command that starts no kernel; a running one never loads the launcher.
-NEIGHBOURS = {("kernel", "launcher")}
+# `kernel --install-kernelspec` and `--print-connection` are commands; a running kernel never loads the other side.
+NEIGHBOURS = {("kernel", "launcher"), ("kernel", "start")}
 HEAVY = ("zmq", "IPython", "prompt_toolkit", "traitlets", "jupyter_client", "ipykernel", "tornado")
 
 

@@ -56,6 +56,7 @@ SETTINGS = (
     Setting("network", "port_slots", "count", "10", "where a port is taken, so many times ten ports on are tried"),
     Setting("network", "handshake_seconds", "seconds", "5", "how long a connection may take to say who it is"),
     Setting("network", "max_connections", "count", "64", "clients from other machines at a time"),
+    Setting("network", "ssh_python", "text", "python3", "the command that is Python on the far side of --ssh"),
     Setting("auth", "authorized_keys", "path", "%config%/authorized_keys", "whose keys a listening kernel lets in"),
     Setting("auth", "known_kernels", "path", "%config%/known_kernels", "the kernels this user trusts, and their keys"),
     Setting("auth", "host_key", "path", "%config%/host_key", "the key that our listening kernels show"),

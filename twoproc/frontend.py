@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show_config:
             print(settings.show())
             return 0
+        if arguments.ssh is not None and arguments.kernel is not None:
+            raise config.ConfigError("--ssh with --kernel: a kernel that is started there is one of ours")
         if arguments.list:
             connection.remove_stale()
             for line in kernel_lines():
@@ -84,6 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
                              "and let input() read the lines after it")
     parser.add_argument("--existing", metavar="NAME|FILE", nargs="?", const="",
                         help="join a running kernel: the newest of yours, or this one")
+    parser.add_argument("--ssh", metavar="[USER@]HOST[:PORT]",
+                        help="a kernel of yours on that machine: the newest, one that is started there if none runs, "
+                             "or with --existing this one")
     parser.add_argument("--list", action="store_true", help="list your running kernels")
     parser.add_argument("--kernel", metavar="NAME", help="start this Jupyter kernel instead of our own")
     parser.add_argument("--name", help="what to call the kernel that is started")
@@ -109,17 +114,25 @@ def run(arguments: argparse.Namespace, settings: config.Settings) -> int:
     env = {"IPYKERNEL_CELL_NAME": source.path} if source is not None and source.path else None
     start = Start(arguments, settings, keep=arguments.keep or not is_plain, env=env)
     if is_plain:
-        return Plain(start, arguments, settings).run(source, is_batch)
+        try:
+            return Plain(start, arguments, settings).run(source, is_batch)
+        finally:
+            start.close()
     try:
         from .terminal import Terminal
     except ImportError as error:
         start.end()     # not started for a terminal that cannot be
+        start.close()
         return fail(f"{error}; the terminal needs prompt_toolkit, which comes with IPython: use --plain", 1)
 
     def new_start(existing: str | None) -> Start:
         return Start(argparse.Namespace(**{**vars(arguments), "existing": existing, "name": None}), settings, keep=True)
-    return Terminal(start, settings, new_start=new_start, keep=arguments.keep, is_quiet=arguments.quiet,
-                    source=source).run()
+    terminal = Terminal(start, settings, new_start=new_start, keep=arguments.keep, is_quiet=arguments.quiet,
+                        source=source)
+    try:
+        return terminal.run()
+    finally:
+        terminal.start.close()
 
 
 def read_code(arguments: argparse.Namespace) -> Source | None:
@@ -195,6 +208,7 @@ class Plain:
             from .client import Client, KernelDied, NotReady
             try:
                 with Client(self.start.wait()) as self.client:
+                    self.start.attend(self.client, self._say)
                     info = self.client.wait_ready().content
                     self.is_python = (info.get("language_info") or {}).get("name", "python") == "python"
                     return self._run(source, is_batch)
@@ -208,6 +222,11 @@ class Plain:
             return fail(f"cannot write the output: {error.strerror or error}", 1)
         finally:
             self._end_kernel()
+
+    def _say(self, line: str) -> None:
+        """A line about the connection, from any thread: not of the kernel's output."""
+        with contextlib.suppress(OSError):
+            print(f"twoproc: {line}", file=sys.stderr)
 
     def _terminate(self, number: int, frame: Any) -> None:
         """SIGTERM or SIGHUP is born in main, so that every `finally` on the way out is done."""
@@ -269,7 +288,7 @@ class Plain:
         """Prompts as IPython's, without moving the cursor; or none, for programs that talk to us."""
         self.has_prompt = has_prompt
         if has_prompt and not self.arguments.quiet:
-            for line in banner(connection.kernel_name_of(self.start.connection_file)):
+            for line in banner(self.start):
                 self._prompt(line + "\n")
         count, status = 1, 0
         while True:

@@ -1010,6 +1010,10 @@ def parser() -> argparse.ArgumentParser:
     config.add_arguments(program)
     return program
 
+        if arguments.print_connection is not None:
+            from .start import print_connection
+            return print_connection(arguments.print_connection, arguments.or_start, arguments.name, arguments.watch,
+                                    settings)
 
 def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
     """Bind, announce, run, tidy up.  The connection file is written when everything listens, never before."""
@@ -1032,6 +1036,12 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
     kernel = Kernel(channels, settings["kernel.completion_seconds"], arguments.orphan_timeout)
     try:
         kernel.ends_on_exit = is_given and "twoproc_pid" not in info.extra      # a file that we wrote has it
+    program.add_argument("--print-connection", metavar="NAME", nargs="?", const="",
+                         help="write the connection file of your newest running kernel, or of this one, to a pipe")
+    program.add_argument("--or-start", action="store_true",
+                         help="with --print-connection: start a kernel if none runs, or one called --name")
+    program.add_argument("--watch", action="store_true",
+                         help="with --print-connection: say when it ends, until standard input does")
         extra = {**channels.info.extra, "twoproc_pid": os.getpid()}
         if listen is not None:
             extra["twoproc_listen"] = connection.address(listen.host, channels.listening or 0)

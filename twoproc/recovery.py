@@ -408,7 +408,7 @@ def _replay_in_kernel(session: LoggedSession, cells: list[LoggedCell], into: str
     if into is None:
         with contextlib.suppress(KeyError, TypeError, OSError):
             os.chdir(session.opened["cwd"])
-    begun = start.Start(argparse.Namespace(existing=into, name=None, kernel=None, config=None, set=[]),
+    begun = start.Start(argparse.Namespace(existing=into, ssh=None, name=None, kernel=None, config=None, set=[]),
                         config.load(), keep=True)
     try:
         kernel = client.connect(begun.wait())

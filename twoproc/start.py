@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import threading
 import time
-from typing import Any
-from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
 
 from . import __version__, config, connection, launcher
+
+if TYPE_CHECKING:
+    from . import ssh
+    from .client import Client
 
 
 class Start:
     """The kernel: being started by a thread from the first moment on, or found.
 
     env: variables for a kernel that is started.  process: its launcher.KernelProcess, None for somebody
-    else's kernel.  `wait` before connecting.
+    else's kernel.  connection_file: None for a kernel on another machine.  name: what it is called.  join: the command
+    line that joins it.  `wait` before connecting, `attend` after it, `close` at the end, which ends no kernel.
     """
 
     def __init__(self, arguments: argparse.Namespace, settings: config.Settings, keep: bool,
@@ -31,8 +37,19 @@ class Start:
         self.process: launcher.KernelProcess | None = None
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
+        self._tunnel: ssh.Tunnel | None = None
+        self.connection_file: str | None = None
+        if arguments.ssh is not None:
+            from .ssh import Tunnel
+            words = ["--print-connection=" + (arguments.existing or "")]
+            if arguments.existing is None:
+                words += ["--or-start", *(["--name=" + arguments.name] if arguments.name else [])]
+            self._tunnel = Tunnel(arguments.ssh, settings["network.ssh_python"], words)
+            self.name = self._tunnel.name
+            self.join = f"{join_command(self.name)} --ssh {arguments.ssh}"
+            return
         if arguments.existing is not None:
-            self.connection_file = connection.find_connection_file(arguments.existing or None)
+            self._use(connection.find_connection_file(arguments.existing or None))
             return
         options: dict[str, Any] = {"name": arguments.name, "keep": keep, "env": env}
         if arguments.kernel is None:
@@ -43,9 +60,13 @@ class Start:
                 words += ["--set", "recovery.notice=no"]    # we tell of its death ourselves, at once
             options["arguments"] = (["--config", arguments.config] if arguments.config else []) + words
         self.process = launcher.KernelProcess(arguments.kernel, **options)
-        self.connection_file = self.process.connection_file
+        self._use(self.process.connection_file)
         self._thread = threading.Thread(target=self._run, name="twoproc-start", daemon=True)
         self._thread.start()
+
+    def _use(self, path: str) -> None:
+        self.connection_file, self.name = path, connection.kernel_name_of(path)
+        self.join = join_command(self.name)
 
     def _run(self) -> None:
         try:
@@ -59,7 +80,16 @@ class Start:
             self._thread.join()
         if self.error is not None:
             raise self.error
-        return self.process or self.connection_file
+        return self._tunnel.info if self._tunnel is not None else self.process or self.connection_file
+
+    def attend(self, client: Client, say: Callable[[str], None]) -> None:
+        """What is known of the kernel beside its connection, goes to this client; of the connection, to say(line)."""
+        if self._tunnel is not None:
+            self._tunnel.attend(client, say)
+
+    def close(self) -> None:
+        if self._tunnel is not None:
+            self._tunnel.close()
 
     def end(self) -> None:
         """End the kernel that was started; a found one is not ours to end."""
@@ -69,19 +99,93 @@ class Start:
             self.process.shutdown()
 
 
-def banner(name: str) -> list[str]:
-    return [f"twoproc {__version__}, Python {sys.version.split()[0]}; kernel {name}; :help lists the commands",
-            f"a second terminal joins with: {join_command(name)}"]
+def banner(start: Start) -> list[str]:
+    return [f"twoproc {__version__}, Python {sys.version.split()[0]}; kernel {start.name}; :help lists the commands",
+            f"a second terminal joins with: {start.join}"]
 
 
 def join_command(name: str) -> str:
     return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend --existing {name}"
 
 
-def kernel_lines(current: str = "") -> Iterator[str]:
+def kernel_lines(current: str | None = None) -> Iterator[str]:
     """One line for each kernel of this user that lives, the newest first."""
     for path in connection.alive_kernels():
         with contextlib.suppress(OSError):
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
             yield (f"{connection.kernel_name_of(path):16} pid {connection.holder_pid(path) or '?':<8} since {since}"
                    + ("  (this one)" if path == current else ""))
+
+
+# -- the far side of ssh.py: `python -m twoproc.kernel --print-connection`
+
+def print_connection(name: str, starts: bool, new_name: str | None, watches: bool, settings: config.Settings) -> int:
+    """Write the connection file of a running kernel to a pipe, one line of JSON with its path in it.
+
+    name: as for --existing, empty for the newest.  starts: one, if there is none to join, or if it is to have a name
+    of its own; it lives on after us.  watches: stay until standard input ends, and write "ended CAUSE" each time that
+    the kernel has ended.  Raises ConnectionFileError.
+    """
+    if sys.stdout.isatty():
+        raise connection.ConnectionFileError("not shown: with a kernel's key anybody here can run code as you; "
+                                             "--print-connection writes it to a pipe (to see it, to cat)")
+    path = "" if starts and new_name else _alive_file(name, starts)
+    if not path:
+        _warn_of_logout()
+        words = ["--orphan-timeout", str(settings["kernel.orphan_timeout"])]
+        try:
+            path = launcher.launch(name=new_name, keep=True, transport=settings["kernel.transport"],
+                                   arguments=words).connection_file
+        except launcher.LaunchError as error:
+            raise connection.ConnectionFileError(str(error), error.exit_code) from error
+    with os.fdopen(connection.open_private(path, os.O_RDONLY), "rb") as file:
+        members = json.loads(file.read(connection.FILE_LIMIT))
+    print(json.dumps({**members, "twoproc_file": path}), flush=True)
+    if watches:
+        if "twoproc_pid" in members:    # else it is somebody else's, and holds no claim that could be watched
+            threading.Thread(target=_tell_ends, args=(path,), name="twoproc-watch", daemon=True).start()
+        sys.stdin.buffer.read()         # ssh ends, and whoever started it
+    return 0
+
+
+def _alive_file(name: str, may_be_missing: bool) -> str:
+    """The connection file of a kernel that can be joined; empty if there is none and that is no error."""
+    if not name and may_be_missing and not connection.alive_kernels():
+        return ""
+    path = connection.find_connection_file(name or None)
+    info = connection.read_connection_file(path)
+    if "twoproc_pid" in info.extra and not connection.is_claimed(path):
+        raise connection.ConnectionFileError(f"connection file {path}: its kernel has ended")
+    return path
+
+
+def _warn_of_logout() -> None:
+    """systemd empties /run/user/UID when the last session of a user ends, if not told otherwise."""
+    folder = connection.runtime_folder()
+    user = os.environ.get("USER", "")
+    if folder.startswith("/run/user/") and os.path.isdir("/run/systemd/system") and not os.path.exists(
+            os.path.join("/var/lib/systemd/linger", user)):
+        print(f"this kernel cannot be joined again after your last logout, when {folder} is removed; to keep it: "
+              f"loginctl enable-linger {user}", file=sys.stderr)
+
+
+def _tell_ends(path: str) -> None:
+    """Run by twoproc-watch: whoever gets the lock that the kernel holds for life knows that it has ended."""
+    import fcntl
+    with contextlib.suppress(OSError):      # nobody listens any more, or this file system has no locks
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                fd = connection.open_private(connection.lock_path(path), os.O_RDONLY)
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                os.close(fd)
+            print("ended " + _cause_of_end(path), flush=True)
+            while not connection.is_claimed(path):      # nothing tells that it was started again
+                time.sleep(0.2)
+
+
+def _cause_of_end(path: str) -> str:
+    from . import death
+    dead = death.obituary(path, None)
+    if dead is not None:
+        return f"{dead.death.text} {dead.death.place}".strip()
+    return "its process is gone" if os.path.lexists(path) else "shut down"

@@ -48,7 +48,7 @@ from .launcher import LaunchError
 from .painter import Painter
 from .prompt import Invisible, Prompt, lexer_of
 from .session import Message, timestamp
-from .start import banner, join_command, kernel_lines
+from .start import banner, kernel_lines
 
 # A second Ctrl-C within this time says that the first one did not help.
 INSISTING_SECONDS = 2.0
@@ -147,14 +147,14 @@ class Terminal:
 
     @property
     def name(self) -> str:
-        return connection.kernel_name_of(self.start.connection_file)
+        return self.start.name
 
     # -- the life of the program
 
     def run(self) -> int:
         """Until the user leaves; returns the exit code."""
         self._catch_signals()
-        for line in [] if self.is_quiet else banner(self.name):
+        for line in [] if self.is_quiet else banner(self.start):
             self.painter.say(line)
         self._write(self.painter.take())
         self.connect()
@@ -202,6 +202,7 @@ class Terminal:
         client = None
         try:
             client = Client(start.wait())
+            start.attend(client, functools.partial(self.inbox.put, "say"))
             client.catch_up(lambda message, is_past: self.inbox.put("iopub", client, message, is_past),
                             self.settings["frontend.catch_up"] if start.process is None else 0)
             client.watch(lambda state: self.inbox.put(state, client))
@@ -350,6 +351,9 @@ class Terminal:
             self._end_question()
         elif message.msg_type == "input_request":
             self.actions.append(functools.partial(self._answer, message))
+
+    def handle_say(self, line: str) -> None:
+        self.painter.say(line)
 
     def handle_interrupt(self) -> None:
         """SIGINT: Ctrl-C while no prompt is up, or sent by somebody."""
@@ -811,8 +815,9 @@ class Terminal:
         self._join(found)
 
     def _join(self, start: Any) -> None:
-        self.start = start
+        before, self.start = self.start, start
         self.connect()
+        before.close()
         self.pump_until(lambda: self.is_settled, 5.0)
         if self.client is not None:
             self.painter.say("now at kernel %s" % self.name)
@@ -860,7 +865,7 @@ class Terminal:
             self.exit_code = 70
             return
         self.painter.say("left kernel %s, it lives on%s; join it again with: %s" % (
-            self.name, self._for_others().replace(", also", ""), join_command(self.name)))
+            self.name, self._for_others().replace(", also", ""), self.start.join))
         self._write(self.painter.take())
         self.exit_code = 0
 
