@@ -328,8 +328,10 @@ class Client:
             if channel in ("shell", "control", "stdin"):
                 socket.identity = self.identity
             if info.get("curve_publickey"):
-                socket.curve_serverkey = socket.curve_publickey = info["curve_publickey"].encode()
-                socket.curve_secretkey = info["curve_secretkey"].encode()
+                socket.curve_serverkey = info["curve_publickey"].encode()
+                own = "client" if "client_secretkey" in info else "curve"
+                socket.curve_publickey = info[own + "_publickey"].encode()
+                socket.curve_secretkey = info[own + "_secretkey"].encode()
             for option, value in options:
                 socket.setsockopt(option, value)
             if channel == "iopub":

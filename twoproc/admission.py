@@ -27,6 +27,8 @@ from .mailbox import own_thread
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5              # between two looks whether a key was withdrawn: its reader is cut within 2 s
+# A peer that speaks no CURVE, has the wrong server key, or says nothing: of that ZAP does not hear.
+NO_HANDSHAKE = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 LOCAL = "local"                 # the User-Id of who may everything
 
 
@@ -54,7 +56,7 @@ class Admission:
         sock.setsockopt(zmq.ZAP_DOMAIN, channel.encode("ascii"))
         sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         if self._max_connections:
-            monitor = sock.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+            monitor = sock.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | NO_HANDSHAKE)
             monitor.linger = 0
             self._monitors[monitor] = channel
             self._connections[channel] = set()
@@ -111,12 +113,16 @@ class Admission:
                 number, descriptor = struct.unpack("=HI", event)
                 if number == zmq.EVENT_DISCONNECTED:
                     open_now.discard(descriptor)
+                elif number & NO_HANDSHAKE:
+                    self._note_refusal(channel, "no encrypted handshake: another protocol, server key, or silence")
                 elif endpoint.startswith(b"tcp:"):
                     open_now.add(descriptor)
                     if len(open_now) > self._max_connections and self._cut(descriptor):
-                        reason = "more than %d connections" % self._max_connections
-                        self._access.log.note("refuse", channel=channel, reason=reason)
-                        logger.warning("%s: refused: %s", channel, reason)
+                        self._note_refusal(channel, "more than %d connections" % self._max_connections)
+
+    def _note_refusal(self, channel: str, reason: str) -> None:
+        self._access.log.note("refuse", channel=channel, reason=reason)
+        logger.warning("%s: refused: %s", channel, reason)
 
     def _cut(self, descriptor: int) -> bool:
         """End a connection of libzmq's.  By its number, which may be another's by now: so look whose it is.
