@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import random
+import socket
 import sys
 import threading
 import time
@@ -548,6 +549,85 @@ class SlowReaderProcessTests(unittest.TestCase):
 
 class TcpSlowReaderProcessTests(SlowReaderProcessTests):
     arguments = ("--transport", "tcp")
+
+
+class MuchOutputTests(unittest.TestCase):
+    """200 MB printed, with readers that cannot take it, by either transport."""
+    SECONDS = 2
+    SIZE = support.rounds(60, 200)              # MB
+    CODE = f"for i in range({10 * SIZE}): print('x' * 99_999)"
+
+    def start(self, *arguments):
+        self.kernel = support.start_kernel(self, "--set", f"limits.slow_reader_seconds={self.SECONDS}", *arguments)
+        # Never slow itself: ZeroMQ's own thread reads for it, however busy the machine is with Python.
+        self.client = self.kernel.client(self, options=[(zmq.RCVHWM, 0)])
+
+    def print_all(self):
+        """(seconds, the most memory in that time) of the cell, whose output has come whole."""
+        peak, over = [self.kernel.memory()], threading.Event()
+
+        def watch():
+            while not over.wait(0.02):
+                peak.append(self.kernel.memory())
+        watcher = in_thread(self, watch)
+        began = time.monotonic()
+        result = self.client.result(self.client.send_execute(self.CODE), deadline=60)
+        taken = time.monotonic() - began
+        over.set()
+        watcher.join(DEADLINE)
+        self.assertEqual(len(result.text()), self.SIZE * 1_000_000)
+        return taken, max(peak)
+
+    def test_one_that_never_reads_costs_less_than_60_mb_and_its_time_once(self):
+        for transport in ("ipc", "tcp"):
+            with self.subTest(transport):
+                self.start("--transport", transport)
+                alone, _ = self.print_all()
+                stuck = self.kernel.client(self, options=[(zmq.RCVHWM, 1), (zmq.RCVBUF, 4096)])
+                before = self.kernel.memory()
+                taken, peak = self.print_all()
+                self.assertLess(taken, 2 * alone + support.at_most(self.SECONDS + 0.5))
+                self.assertLess(peak - before, 60 << 20)
+                self.assertEqual(self.client.execute("6 * 7").value, "42")
+                stuck.close()
+                self.kernel.end()
+
+    def test_one_that_reads_a_byte_a_second_is_one_that_never_reads(self):
+        """No ZeroMQ at its end, whose own thread would read ahead: a socket that says what a SUB says."""
+        self.start("--transport", "tcp")
+        before = self.kernel.memory()
+        info = self.kernel.info
+        with socket.socket() as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peer.settimeout(DEADLINE)
+            peer.connect(("127.0.0.1", info["iopub_port"]))
+            # ZMTP 3.0, each step answered before the next: greeting, READY of a SUB, a subscription (ZeroMQ RFC 23).
+            peer.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32))
+            self.assertEqual(peer.recv(64, socket.MSG_WAITALL)[12:16], b"NULL")
+            ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x03SUB"
+            peer.sendall(bytes([4, len(ready)]) + ready)
+            self.assertEqual(peer.recv(8, socket.MSG_WAITALL)[3:], b"READY")
+            peer.sendall(b"\x00\x01\x01")
+            over = threading.Event()
+            read = []
+
+            def trickle():
+                while not over.wait(1):
+                    read.append(peer.recv(1))
+            # It is a subscriber when it is welcomed.
+            welcome = b""
+            while b"iopub_welcome" not in welcome:
+                welcome += peer.recv(100)
+            trickler = in_thread(self, trickle)
+            try:
+                taken, peak = self.print_all()
+            finally:
+                over.set()
+            self.assertLess(taken, support.at_most(self.SECONDS + 5))
+            self.assertLess(peak - before, 100 << 20)
+            trickler.join(DEADLINE)
+            self.assertTrue(all(read))          # nobody has cut it off
+            self.assertEqual(self.client.execute("6 * 7").value, "42")
 
 
 class OwnFaultTests(unittest.TestCase):

@@ -6,14 +6,19 @@ line and an exit status, and what is left behind, which is nothing.
 """
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import unittest
 
+from twoproc import connection
+
 from . import support, vt
+from .lab import Lab
 
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 NOBODY = 65534
@@ -101,6 +106,88 @@ class ConnectionFiles(PlacesCase):
             self.refused(3, argv, f"pid {first.pid}")
         self.assertEqual(self.left(), before)
         self.assertEqual(self.run_it(FRONTEND + ["--existing", "lab", "-c", "6 * 7"]).stdout, "42\n")
+
+
+class Ports(unittest.TestCase):
+    """Five ports in a row, for a kernel that listens: all of them, or none."""
+
+    def setUp(self):
+        self.lab = Lab(self, {"alice": "run"}, start=False)
+        self.base = self.free_ports(20)
+
+    def free_ports(self, count):
+        """The first of so many in a row that nobody has now."""
+        for base in random.sample(range(31_000, 32_700, 20), 50):
+            try:
+                for port in range(base, base + count):
+                    socket.create_server(("127.0.0.1", port)).close()
+                return base
+            except OSError:
+                continue
+        self.fail("no free ports")
+
+    def is_listening(self, port):
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", port)) == 0
+
+    def start(self, *arguments):
+        return support.Kernel(self, "--set", f"network.port_base={self.base}", *arguments, home=self.lab.home)
+
+    def test_each_of_them_taken_ends_it_with_4_naming_port_and_channel_and_leaves_nothing(self):
+        for offset, channel in enumerate(connection.CHANNELS):
+            with self.subTest(channel), socket.create_server(("127.0.0.1", self.base + offset)):
+                kernel = self.start("--listen", f"127.0.0.1:{self.base}")
+                self.assertEqual(kernel.wait(), 4, kernel.log())
+                self.assertEqual(len(kernel.log().splitlines()), 1, kernel.log())
+                self.assertIn(f"port {self.base + offset} ({channel})", kernel.log())
+                self.assertFalse(os.path.exists(kernel.connection_file))
+                run = [name for _, _, names in os.walk(self.lab.home.run) for name in names]
+                self.assertEqual(run, [])
+
+    def test_each_of_them_taken_makes_it_take_the_next_five_and_hold_none_of_the_first(self):
+        for offset, channel in enumerate(connection.CHANNELS):
+            with self.subTest(channel), socket.create_server(("127.0.0.1", self.base + offset)):
+                kernel = self.start("--listen", "127.0.0.1", "--set", "network.port_slots=2")
+                kernel.wait_file()
+                self.assertEqual(kernel.info["twoproc_listen"], f"tcp://127.0.0.1:{self.base + 10}")
+                support.wait_until(kernel.log, what="the address that it says")
+                self.assertIn(f"tcp://127.0.0.1:{self.base + 10}", kernel.log())
+                ports = [port for port in range(self.base, self.base + 20) if self.is_listening(port)]
+                self.assertEqual(ports, [self.base + offset, *range(self.base + 10, self.base + 15)])
+                kernel.end()
+
+    def test_with_every_slot_taken_it_ends_with_4(self):
+        with socket.create_server(("127.0.0.1", self.base + 4)), socket.create_server(("127.0.0.1", self.base + 10)):
+            kernel = self.start("--listen", "127.0.0.1", "--set", "network.port_slots=2")
+            self.assertEqual(kernel.wait(), 4, kernel.log())
+            self.assertIn(f"port {self.base + 10} (shell)", kernel.log())
+
+    def test_two_that_listen_take_two_slots(self):
+        kernels = [self.start("--listen", "127.0.0.1") for _ in range(2)]
+        for kernel in kernels:
+            kernel.wait_file()
+        self.assertEqual({kernel.info["twoproc_listen"] for kernel in kernels},
+                         {f"tcp://127.0.0.1:{self.base + port}" for port in (0, 10)})
+
+    def test_without_listen_there_is_no_port_at_all(self):
+        kernel = support.start_kernel(self, home=self.lab.home)
+        kernel.client(self)
+        inodes = {os.readlink(f"/proc/{kernel.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{kernel.pid}/fd")}
+        for table in ("tcp", "tcp6", "udp", "udp6"):
+            with open(f"/proc/{kernel.pid}/net/{table}") as file:
+                ours = [line for line in file.readlines()[1:] if f"socket:[{line.split()[9]}]" in inodes]
+            self.assertEqual(ours, [])
+
+    def test_each_port_of_a_connection_file_taken_ends_it_with_4(self):
+        """What a Jupyter manager chose a moment ago, and another program has by now."""
+        ports = {f"{channel}_port": self.base + at for at, channel in enumerate(connection.CHANNELS)}
+        for offset, channel in enumerate(connection.CHANNELS):
+            with self.subTest(channel), socket.create_server(("127.0.0.1", self.base + offset)):
+                kernel = support.Kernel(self, connection={**GOOD, **ports})
+                self.assertEqual(kernel.wait(), 4, kernel.log())
+                self.assertEqual(len(kernel.log().splitlines()), 1, kernel.log())
+                self.assertIn(f":{self.base + offset}: cannot listen for {channel}", kernel.log())
+                self.assertEqual(os.listdir(kernel.home.run), [os.path.basename(kernel.connection_file)])
 
 
 class Folders(PlacesCase):

@@ -830,6 +830,22 @@ print(json.dumps({"text": text.hexdigest(), "in_order": displays == list(range(l
         self.assertEqual((result["in_order"], result["displays"], result["missed"]), (True, self.LINES, 0))
         self.assertEqual(result["idles"].count(pending.msg_id), 1)
 
+    def test_a_frontend_that_is_stopped_in_its_own_print_loop_shows_every_line_and_ends(self):
+        seconds, lines = support.rounds(2, 60), support.rounds(2500, 13_400)
+        done = os.path.join(self.kernel.home.path, "printed")
+        code = (f"import time\nprint('begun', flush=True)\nfor i in range({lines}):\n"
+                f"    print('%06d' % i + 'x' * 2993, flush=True); time.sleep({seconds / lines})\n"
+                f"open({done!r}, 'w').close()")
+        argv = [sys.executable, "-m", "twoproc.frontend", *self.kernel_arguments, "-c", code]
+        frontend = support.Process(self, argv, home=self.kernel.home)
+        support.wait_until(lambda: frontend.output() or not frontend.is_alive, what="the first line")
+        os.kill(frontend.pid, signal.SIGSTOP)       # its kernel goes on
+        support.wait_until(lambda: os.path.exists(done), 10 * seconds + support.DEADLINE, "the end of the loop")
+        os.kill(frontend.pid, signal.SIGCONT)
+        self.assertEqual(frontend.wait(120), 0, frontend.log()[-1000:])
+        shown = frontend.output().splitlines()
+        self.assertEqual([line[:6] for line in shown], ["begun", *("%06d" % number for number in range(lines))])
+
     def test_one_that_does_not_take_its_own_output_has_every_byte(self):
         with mock.patch.object(client_module, "UNREAD_CHARS", 200_000), \
                 connect(self.kernel.connection_file) as ours:
