@@ -21,7 +21,7 @@ from twoproc import connection
 
 
 class Lab:
-    def __init__(self, case, users=None, *arguments, start=True, host="127.0.0.1", home=None):
+    def __init__(self, case, users=None, *arguments, start=True, host="127.0.0.1", home=None, command=None):
         self.case, self.host = case, host
         self.home = home or support.Home(case)
         self.folder = os.path.join(self.home.path, "config", "twoproc")
@@ -36,10 +36,10 @@ class Lab:
                           *arguments)
         self.kernel = None
         if start:
-            self.start()
+            self.start(command)
 
-    def start(self):
-        self.kernel = support.start_kernel(self.case, *self.arguments, home=self.home)
+    def start(self, command=None):
+        self.kernel = support.start_kernel(self.case, *self.arguments, home=self.home, command=command)
         return self.kernel
 
     def pair(self, name):

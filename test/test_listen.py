@@ -186,7 +186,7 @@ class Guests(unittest.TestCase):
     def test_garbage_and_half_handshakes_on_every_port_leave_it_answering(self):
         alice = self.lab.client("alice", self)
         open_ones = []
-        for at, channel in enumerate(connection.CHANNELS):
+        for at in range(len(connection.CHANNELS)):
             for junk in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(4096), b"\xff" + bytes(8) + b"\x7f\x03\x00",
                          b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(15) + bytes(32) + b"\x04\xc8\x05HELLO", b""):
                 peer = socket.create_connection(("127.0.0.1", self.lab.port + at))
@@ -281,16 +281,15 @@ class Floods(unittest.TestCase):
         alice.send("control", "interrupt_request")
         self.assertEqual(alice.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
 
-    def test_half_open_connections_are_bounded_and_given_back(self):
-        lab = Lab(self, {"alice": "run"}, "--set", "network.max_connections=16", "--set", "network.handshake_seconds=2")
+    def test_five_hundred_half_open_connections_leave_a_process_of_256_descriptors_its_share(self):
+        lab = Lab(self, {"alice": "run"}, command="sh -c 'ulimit -Sn 256; exec \"$0\" \"$@\"' " + support.KERNEL)
         alice = lab.client("alice")
         before = lab.kernel.descriptors()
-        peers = []
-        for at in range(300):
-            peers.append(socket.create_connection(("127.0.0.1", lab.port + at % 5)))
-            self.addCleanup(peers[-1].close)
-        self.assertEqual(alice.execute("open('/dev/null').close(); 1").value, "1")
-        support.wait_until(lambda: lab.kernel.descriptors() <= before + 5 * 16, support.at_most(2), "cut to the limit")
+        for at in range(500):
+            self.addCleanup(socket.create_connection(("127.0.0.1", lab.port + at % 5)).close)
+        support.wait_until(lambda: lab.kernel.descriptors() < before + 5 * 64 + 10, support.at_most(2), "cut to the limit")
+        self.assertEqual(alice.execute("files = [open('/dev/null') for _ in range(200)]; len(files)").value, "200")
+        alice.execute("del files")
         support.wait_until(lambda: lab.kernel.descriptors() <= before + 3, support.at_most(6), "all given back")
         self.assertEqual(lab.hello("alice")["rights"], "run")
 

@@ -42,6 +42,7 @@ from .access import RateLimited as TooOften
 from .channels import KernelChannels, Limits, Listen, Text, check_curve
 from .crashlog import is_private
 from .mailbox import own_thread
+from .replies import Replies
 from .session import (
     MESSAGES,
     PROTOCOL_VERSION,
@@ -107,8 +108,9 @@ class Kernel:
         self.ends_on_exit = False       # see _leave_if_alone
         self._leave_at: float | None = None
         self._input_replies: SimpleQueue[str] = SimpleQueue()
-        # The question that an input_reply may answer: whom it was sent to, and its msg_id.
-        self._asking: tuple[list[bytes], str] | None = None
+        self._replies = Replies()
+        # The question that an input_reply may answer: the cell that asks, its header and its content.
+        self._asking: tuple[Message, bytes, dict] | None = None
         self._cells = 0
         self._runs_user_code = False
         self._interrupted: Message | None = None    # the cell that was interrupted before its code began
@@ -172,6 +174,8 @@ class Kernel:
         elif kind in self.BY_HELPER:
             self._helpers.submit(message)
         else:
+            if kind == "execute_request":
+                self._replies.note_request(message)
             self.channels.requests.put(message)
             if kind != "execute_request" and self.interpreter is not None:
                 # A cell that awaits the answer of a widget gets it from its own loop.
@@ -230,7 +234,7 @@ class Kernel:
     def kernel_info_request(self, channel: str, message: Message) -> None:
         content = kernel_info()
         if self.log is not None:
-            content = {**content, "supported_features": ["twoproc log"]}
+            content = {**content, "supported_features": [*content["supported_features"], "twoproc log"]}
         if self.notice is not None:
             content = {**content, "banner": "%s\n\n%s" % (content["banner"], self.notice[0])}
         if channel == "control":
@@ -270,6 +274,18 @@ class Kernel:
             "clients": self.channels.subscribers, "execution_count": self.execution_count,
             "last_input": self.last_input, "listen": self.channels.info.extra.get("twoproc_listen", "")})
 
+    def twoproc_resume_request(self, channel: str, message: Message) -> None:
+        """A client's connection was cut, and it is back with a new identity: what it may have missed of its cells."""
+        unknown, forgotten, ended = self._replies.resume(message, message.content["msg_ids"])
+        for cell in ended:
+            self.channels.send("shell", "execute_reply", cell.reply or b"", cell.header_bytes,
+                               identities=cell.identities)
+            self.channels.send("iopub", "status", {"execution_state": "idle"}, cell.header_bytes)
+        asking = self._asking
+        if asking is not None and asking[0].msg_id in message.content["msg_ids"]:
+            self._send_question(*asking)
+        self.reply(message, "twoproc_resume_reply", {"status": "ok", "unknown": unknown, "forgotten": forgotten})
+
     def _was_before_restart(self, header: dict) -> bool:
         """A message captured from the wire and sent again to our successor with the same key is not run twice."""
         mark = self._marks.get(header["session"])
@@ -296,7 +312,8 @@ class Kernel:
         parent = message.parent_header.get("msg_id")
         if message.msg_type != "input_reply" or not isinstance(value, str):
             logger.warning("stdin: %.60s without a string as value", message.msg_type)
-        elif asking is None or message.identities != asking[0] or parent not in (None, asking[1]):
+        elif asking is None or message.identities != self._replies.route(asking[0]) \
+                or parent not in (None, json.loads(asking[1])["msg_id"]):
             logger.warning("stdin: an input_reply that nobody was asked for")
         else:
             self._asking = None
@@ -305,7 +322,7 @@ class Kernel:
     AT_ONCE: dict[str, Callable[..., None]] = {
         "kernel_info_request": kernel_info_request, "connect_request": connect_request,
         "interrupt_request": interrupt_request, "shutdown_request": shutdown_request,
-        "twoproc_log_request": twoproc_log_request}
+        "twoproc_log_request": twoproc_log_request, "twoproc_resume_request": twoproc_resume_request}
 
     def interrupt(self) -> None:
         """KeyboardInterrupt for the user's code, SIGINT for its children in our process group, as in a terminal.
@@ -480,12 +497,15 @@ class Kernel:
 
     def reply(self, message: Message, msg_type: str, content: dict, channel: str = "shell") -> None:
         try:
-            self.channels.send(channel, msg_type, content, message.header_bytes, identities=message.identities)
+            data = encode(content)
         except Exception as error:      # in what the user's objects gave us is something that is not JSON
             content = {"status": "error", "ename": type(error).__name__, "evalue": str(error), "traceback": []}
             if msg_type == "execute_reply":
                 content["execution_count"] = self.execution_count
-            self.channels.send(channel, msg_type, content, message.header_bytes, identities=message.identities)
+            data = encode(content)
+        if msg_type == "execute_reply":
+            self._replies.note_reply(message, data)
+        self.channels.send(channel, msg_type, data, message.header_bytes, identities=self._replies.route(message))
 
     def publish(self, msg_type: str, content: dict, metadata: dict | None = None, buffers: Any = (),
                 parent: Message | None = None) -> None:
@@ -717,12 +737,11 @@ class Kernel:
             while True:
                 self._input_replies.get_nowait()
         header = self.channels.session.header("input_request")
-        self._asking = message.identities, json.loads(header)["msg_id"]
+        self._asking = asking = message, header, {"prompt": prompt, "password": password}
         self.before_write()
         if self.log is not None:
             self.channels.call(functools.partial(self.log.asked, message.header_bytes, prompt, password))
-        self.channels.send("stdin", "input_request", {"prompt": prompt, "password": password}, message.header_bytes,
-                           identities=message.identities, header=header)
+        self._send_question(*asking)
         try:
             value = self._input_replies.get()
         finally:
@@ -730,6 +749,10 @@ class Kernel:
         if value == "\x04":
             raise EOFError
         return value
+
+    def _send_question(self, message: Message, header: bytes, content: dict) -> None:
+        self.channels.send("stdin", "input_request", content, message.header_bytes,
+                           identities=self._replies.route(message), header=header)
 
     def _reply_and_abort(self, message: Message, reply: dict) -> None:
         """Send the error reply, and answer `aborted` what its client had sent before it could know.
@@ -743,7 +766,7 @@ class Kernel:
             self.channels.receive_shell()
             queued = self.channels.requests.take(
                 lambda other: other is not None and other.msg_type == "execute_request"
-                and other.identities == message.identities)     # all: behind one relay are several clients
+                and self._replies.route(other) == self._replies.route(message))     # all: behind one relay are several clients
             self.reply(message, "execute_reply", reply)
             self.status("idle", message)
             for other in queued:
@@ -941,7 +964,7 @@ def kernel_info() -> dict:
             "codemirror_mode": {"name": "ipython", "version": 3}},
         "help_links": [{"text": "Python", "url": "https://docs.python.org/%d.%d" % sys.version_info[:2]},
                        {"text": "IPython", "url": "https://ipython.org/documentation.html"}],
-        "debugger": False, "supported_features": []}
+        "debugger": False, "supported_features": ["twoproc resume"]}
 
 
 class OncePerSecond(logging.Filter):
@@ -987,9 +1010,16 @@ def main(argv: list[str] | None = None) -> int:
             from .launcher import install_kernelspec
             print(install_kernelspec(user=not arguments.prefix, prefix=arguments.prefix, name=arguments.name))
             return 0
+        if arguments.print_connection is not None:
+            from .start import print_connection
+            return print_connection(arguments.print_connection, arguments.or_start, arguments.name, arguments.watch,
+                                    settings)
         return serve(arguments, settings)
     except (config.ConfigError, connection.ConnectionFileError) as error:
-        print("twoproc.kernel: %s" % error, file=sys.stderr)
+        try:
+            print("twoproc.kernel: %s" % error, file=sys.stderr)
+        except OSError:             # a full disk holds our log as well; then the status alone tells
+            sys.stderr = None       # type: ignore[assignment]
         return error.exit_code
 
 
@@ -1006,14 +1036,16 @@ def parser() -> argparse.ArgumentParser:
                          help="end after so long without any client (default: never)")
     program.add_argument("--install-kernelspec", action="store_true", help="make Jupyter know this kernel, and exit")
     program.add_argument("--prefix", metavar="DIR", help="install the kernelspec below DIR, not for the user alone")
+    program.add_argument("--print-connection", metavar="NAME", nargs="?", const="",
+                         help="write the connection file of your newest running kernel, or of this one, to a pipe")
+    program.add_argument("--or-start", action="store_true",
+                         help="with --print-connection: start a kernel if none runs, or one called --name")
+    program.add_argument("--watch", action="store_true",
+                         help="with --print-connection: say when it ends, until standard input does")
     program.add_argument("--version", action="version", version="twoproc %s" % __version__)
     config.add_arguments(program)
     return program
 
-        if arguments.print_connection is not None:
-            from .start import print_connection
-            return print_connection(arguments.print_connection, arguments.or_start, arguments.name, arguments.watch,
-                                    settings)
 
 def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
     """Bind, announce, run, tidy up.  The connection file is written when everything listens, never before."""
@@ -1036,12 +1068,6 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
     kernel = Kernel(channels, settings["kernel.completion_seconds"], arguments.orphan_timeout)
     try:
         kernel.ends_on_exit = is_given and "twoproc_pid" not in info.extra      # a file that we wrote has it
-    program.add_argument("--print-connection", metavar="NAME", nargs="?", const="",
-                         help="write the connection file of your newest running kernel, or of this one, to a pipe")
-    program.add_argument("--or-start", action="store_true",
-                         help="with --print-connection: start a kernel if none runs, or one called --name")
-    program.add_argument("--watch", action="store_true",
-                         help="with --print-connection: say when it ends, until standard input does")
         extra = {**channels.info.extra, "twoproc_pid": os.getpid()}
         if listen is not None:
             extra["twoproc_listen"] = connection.address(listen.host, channels.listening or 0)
@@ -1099,9 +1125,11 @@ def who_may_connect(info: connection.ConnectionInfo, settings: config.Settings) 
             return info, None, None         # of a connection by loopback nothing is known, not even the user
         own = connection.hex_of(info.curve_publickey) if info.curve_publickey else None
         return info, Access(None, own, info.transport != "ipc", access_log, 0), None
+    # Strangers may not use up the descriptors that cells need; the first 128 are those of the kernel itself.
+    most = max(1, (raise_descriptor_limit() - 128) // len(connection.CHANNELS))
     listen = Listen(*connection.parse_listen(settings["network.listen"], settings["network.port_base"],
                                              settings["network.port_slots"]),
-                    settings["network.handshake_seconds"], settings["network.max_connections"])
+                    settings["network.handshake_seconds"], min(settings["network.max_connections"], most))
     if info.transport != "ipc" or info.curve_publickey is not None:
         raise connection.ConnectionFileError("a kernel that listens to other machines makes its own connection file; "
                                              "start it without -f, --transport tcp and without CURVE keys of others")
@@ -1121,6 +1149,24 @@ def who_may_connect(info: connection.ConnectionInfo, settings: config.Settings) 
     info = info._replace(curve_publickey=connection.z85_of(host.public),
                          curve_secretkey=connection.z85_of(host.secret))
     return info, Access(authorized, host.public, False, access_log, settings["limits.requests_per_second"]), listen
+
+
+def raise_descriptor_limit(wanted: int = 8192) -> int:
+    """How many files and sockets this process may have open from now on.
+
+    ZeroMQ accepts what knocks faster than twoproc-admission can cut it, and in between cells open files.
+    """
+    try:
+        import resource
+    except ImportError:         # Windows
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (wanted, hard):
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                return limit
+    return wanted if soft == resource.RLIM_INFINITY else soft
 
 
 def announce(kernel: Kernel, address: str, access: Access | None) -> None:
