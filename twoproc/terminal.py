@@ -352,6 +352,15 @@ class Terminal:
         elif message.msg_type == "input_request":
             self.actions.append(functools.partial(self._answer, message))
 
+    def handle_lost(self, client: Client) -> None:
+        """The connection was cut, and is being made again; where ssh carries it, that says more: handle_say."""
+        if client is self.client and "twoproc_forwarded" not in client.info.extra:
+            self.painter.say("the connection to kernel %s is lost; trying again" % self.name)
+
+    def handle_back(self, client: Client) -> None:
+        if client is self.client and "twoproc_forwarded" not in client.info.extra:
+            self.painter.say("the connection to kernel %s is there again" % self.name)
+
     def handle_say(self, line: str) -> None:
         self.painter.say(line)
 
