@@ -1,0 +1,522 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""A kernel on another machine for clients that know only this one: `python -m twoproc.relay NAME`.
+
+Jupyter's clients connect to what a connection file says, and have no key of their own.  The relay has the user's:
+it reaches the kernel as our own client does (remote.py), binds five sockets here and writes a connection file for
+them.  The file holds the kernel's key for signatures, which the protocol needs, and never the user's.
+
+    local ROUTER  <->  DEALER to the kernel     shell, control, stdin, hb; a message gets one identity more, and so
+                                                its reply, or a question, finds the client of ours that it is for
+    local XPUB    <--  XSUB of the kernel       iopub, everything; who subscribes here is welcomed by us
+
+Frames are passed on as they are.  The heartbeat is passed on, too: it beats here only while it beats there.  What the
+relay adds is for when the link was cut: it knows which requests have not been answered, and has the kernel answer
+those that it knows and run those that it never got.
+
+All sockets belong to the thread that calls `run`, the main thread of the program.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn
+
+import zmq
+
+from . import __version__, config, connection
+from .channels import SlowReaders
+from .client import NotReady
+from .connection import CHANNELS, ConnectionFileError, ConnectionInfo
+from .session import DELIMITER, UTC, Session, encode
+
+RECEIVE_AT_ONCE = 200       # messages of one socket before the others get their turn
+READY_SECONDS = 5.0
+LOST_SECONDS = 6.0          # without any sign of the kernel's machine: the link is cut
+REFUSALS = 3                # of connections, one a second: the machine is there, and nobody listens
+# A local reader of iopub may hold up the others so long: less than the kernel waits for us before it drops messages.
+PATIENCE_SECONDS = 2.5
+QUEUE = 500                 # messages that wait for one local reader
+OPEN_REQUESTS = 1000        # remembered until they are answered
+EXIT_DIED, EXIT_REFUSED = 70, 6
+HELLO = b"twoproc_hello"    # asks the kernel which key it signs with: another one after a restart
+
+
+class Gone(Exception):
+    """There is nothing left to relay; str() says why.  exit_code: 0 when somebody shut the kernel down."""
+
+    def __init__(self, text: str, exit_code: int = EXIT_DIED):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class Request:
+    """What a local client asked, until it has its reply and the kernel's idle.  frames: from the header on."""
+
+    def __init__(self, channel: str, identities: list[bytes], header: dict, frames: list[bytes]):
+        self.channel, self.identities, self.header, self.frames = channel, identities, header, frames
+        self.needs_reply = self.needs_idle = True
+
+
+class Relay:
+    """Ten sockets and what is under way between them.
+
+    info: how to reach the kernel.  local: where to listen, port 0 meaning any; `self.local` has the ports there are.
+    say(text) is called with what the user should hear: the link is lost, or back.
+    """
+
+    def __init__(self, info: ConnectionInfo, local: ConnectionInfo, say: Callable[[str], None],
+                 max_frame: int = 64 << 20):
+        self.info, self.local, self._say = info, local, say
+        self.is_linked = True
+        self._session = Session(info.key, info.signature_scheme, username="relay", max_message=1 << 31)
+        self._context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._handlers: dict[Any, Callable[[], None]] = {}      # socket -> what to call when it is readable
+        self._near: dict[str, zmq.Socket] = {}
+        self._far: dict[str, zmq.Socket] = {}
+        self._unsent: dict[str, list] = {}          # channel -> messages that the kernel's side does not take now
+        self._head: list | None = None              # the iopub message that a local reader does not take now
+        self._patience = SlowReaders(PATIENCE_SECONDS)
+        self._owed: deque = deque(maxlen=100)       # idles that a reader may have lost that was given up,
+        self._repeats: deque = deque()              # and when they are repeated
+        self._welcomes: list[bytes] = []            # topics whose subscriber waits until we are subscribed ourselves
+        self._is_subscribed = False
+        self._requests: dict[str, Request] = {}
+        self._questions: set[str] = set()           # msg_ids of what we ask in the name of our clients
+        self._look_at: float | None = None          # while the link is cut: when to see whether somebody listens
+        self._refusals = 0
+        self._was_connected = self._is_told = False
+        self._ended = ""                            # by whom
+        try:
+            for channel in CHANNELS:
+                self._bind(channel, max_frame)
+            self._connect()
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+
+    def _bind(self, channel: str, max_frame: int) -> None:
+        sock = self._near[channel] = self._context.socket(zmq.XPUB if channel == "iopub" else zmq.ROUTER)
+        sock.linger = 300
+        sock.setsockopt(zmq.MAXMSGSIZE, 1024 if channel == "hb" else max_frame)
+        if channel == "iopub":
+            sock.setsockopt(zmq.SNDHWM, QUEUE)
+            sock.setsockopt(zmq.XPUB_NODROP, 1)
+            sock.setsockopt(zmq.XPUB_VERBOSE, 1)
+        else:
+            sock.setsockopt(zmq.SNDHWM, 10_000)     # a client that leaves so many replies unread loses the next
+        url, port = self.local.url(channel), self.local.port(channel)
+        umask = os.umask(0o077)                     # an ipc socket is a file
+        try:
+            sock.bind(url if port else url[:url.rindex(":")] + ":*")
+        except zmq.ZMQError as error:
+            raise ConnectionFileError("%s: cannot listen for %s: %s" % (url, channel, error.strerror), 4) from None
+        finally:
+            os.umask(umask)
+        if not port:
+            ports: dict[str, Any] = {channel + "_port": int(sock.getsockopt_string(zmq.LAST_ENDPOINT).split(":")[-1])}
+            self.local = self.local._replace(**ports)
+        self._listen(sock, self._hear_subscribers if channel == "iopub" else lambda: self._pass_requests(channel))
+
+    def _connect(self) -> None:
+        """Connect to the kernel, as somebody new: while it has not noticed that the old connection was cut, it does
+        not serve another one with the same identity."""
+        for channel, sock in self._far.items():
+            if channel + " link" in self._far:
+                sock.disable_monitor()
+            self._poller.unregister(sock)
+            del self._handlers[sock]
+            sock.close(0)
+        self._unsent.clear()
+        identity = os.urandom(12).hex().encode("ascii")
+        self._is_subscribed = False
+        for channel in CHANNELS:
+            sock = self._far[channel] = self._context.socket(zmq.XSUB if channel == "iopub" else zmq.DEALER)
+            sock.linger = 300
+            sock.setsockopt(zmq.RECONNECT_IVL, 100)
+            sock.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            sock.setsockopt(zmq.CONNECT_TIMEOUT, 3000)
+            sock.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+            sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * LOST_SECONDS))
+            if self.info.curve_publickey:
+                sock.curve_serverkey = self.info.curve_publickey
+                sock.curve_publickey, sock.curve_secretkey = self.info.client_publickey, self.info.client_secretkey
+            if channel == "iopub":
+                sock.setsockopt(zmq.RCVHWM, 100)    # beyond it the kernel waits for us, and not our memory grows
+            elif channel == "hb":
+                sock.setsockopt(zmq.SNDHWM, 10)     # beats that wait for a kernel that is stopped are of no use to it
+            else:
+                sock.setsockopt(zmq.IDENTITY, identity)
+            if channel in ("shell", "iopub"):
+                self._far[channel + " link"] = monitor = sock.get_monitor_socket(
+                    zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+                self._listen(monitor, functools.partial(self._hear_link, channel))
+            sock.connect(self.info.url(channel))
+            self._listen(sock, self._pass_output if channel == "iopub" else
+                         functools.partial(self._pass_replies, channel))
+        self._far["iopub"].send(b"\x01")
+
+    def _listen(self, sock: zmq.Socket, handler: Callable[[], None]) -> None:
+        self._handlers[sock] = handler
+        self._poller.register(sock, zmq.POLLIN)
+
+    # -- called by the program
+    def wait_ready(self, seconds: float = READY_SECONDS) -> None:
+        """Until the kernel's output reaches us, so that who finds our connection file finds a kernel behind it."""
+        until = time.monotonic() + seconds
+        while not self._is_subscribed:
+            if time.monotonic() > until:
+                raise NotReady("silent", "the kernel at %s let us in, but its output does not reach us within %g s"
+                               % (self.info.url("iopub"), seconds))
+            self.turn()
+
+    def run(self) -> NoReturn:
+        """Relay until there is nothing left to: raises Gone, or what a signal handler raises."""
+        while True:
+            self.turn()
+
+    def close(self) -> None:
+        for sock in [*self._far.values(), *self._near.values()]:
+            sock.close()
+        self._context.term()        # what is on its way has the linger of its socket
+
+    def turn(self) -> None:
+        """Wait for something to happen, at most until it is time to look around, and pass it on."""
+        for sock, _ in self._poller.poll(int(self._look_around() * 1000) + 1):
+            if sock in self._handlers:      # else a handler before it has connected anew
+                self._handlers[sock]()
+
+    # -- run by turn
+    def _pass_requests(self, channel: str) -> None:
+        for _ in range(RECEIVE_AT_ONCE):
+            frames = _receive(self._near[channel])
+            if not frames:
+                return
+            if channel in ("shell", "control"):
+                self._remember(channel, frames)
+            if not self._send(channel, frames):
+                return
+
+    def _send(self, channel: str, frames: list) -> bool:
+        """To the kernel; False when the connection takes no more for now, and the clients have to wait."""
+        if _send(self._far[channel], frames):
+            return True
+        if channel != "hb":
+            self._unsent.setdefault(channel, []).append(frames)
+            self._read_requests()
+        return False
+
+    def _read_requests(self) -> None:
+        """From now on, or no longer, while the kernel cannot take them: what is left unread makes its sender wait."""
+        for channel in ("shell", "control", "stdin"):
+            is_wanted = self.is_linked and channel not in self._unsent
+            self._poller.modify(self._near[channel], zmq.POLLIN if is_wanted else 0)
+
+    def _remember(self, channel: str, frames: list[bytes]) -> None:
+        """What has an answer; and what is very large is not kept for the case that the link is cut."""
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):   # not by us
+            at = frames.index(DELIMITER)
+            header = json.loads(frames[at + 2])
+            if header["msg_type"].endswith("_request") and len(self._requests) < OPEN_REQUESTS \
+                    and sum(map(len, frames)) < 1 << 20:
+                self._requests[header["msg_id"]] = Request(channel, frames[:at], header, frames[at + 2:])
+
+    def _pass_replies(self, channel: str) -> None:
+        for _ in range(RECEIVE_AT_ONCE):
+            frames = _receive(self._far[channel])
+            if not frames:
+                return
+            if frames[0] == HELLO:
+                self._hear_hello(frames[-1])
+            elif channel not in ("shell", "control"):
+                self._near[channel].send_multipart(frames)
+            elif not self._hear_reply(frames):
+                self._near[channel].send_multipart(frames)      # a ROUTER drops what is for somebody who has left
+
+    def _hear_reply(self, frames: list[bytes]) -> bool:
+        """True for an answer to a question of ours."""
+        at = frames.index(DELIMITER)
+        parent = json.loads(frames[at + 3])
+        if parent.get("msg_id") in self._questions:
+            self._questions.remove(parent["msg_id"])
+            self._hear_fate(frames[at:])
+            return True
+        request = self._requests.get(parent.get("msg_id"))
+        if request is not None:
+            request.needs_reply = False
+            self._forget_if_done(request, parent["msg_id"])
+        return False
+
+    def _forget_if_done(self, request: Request, msg_id: str) -> None:
+        if not request.needs_idle and not request.needs_reply:
+            del self._requests[msg_id]
+
+    def _pass_output(self) -> None:
+        for _ in range(RECEIVE_AT_ONCE):
+            if self._head is not None and not self._publish_head():
+                return
+            self._head = _receive(self._far["iopub"]) or None
+            if self._head is None:
+                return
+            topic = self._head[0]
+            if topic == b"status" and b'"idle"' in self._head[6]:
+                self._hear_idle(json.loads(self._head[4]).get("msg_id"))
+                if self._repeats:
+                    self._owed.append(self._head)
+            elif topic == b"shutdown_reply":
+                self._ended = "shut down by %s" % json.loads(self._head[4]).get("username", "a client")
+            elif topic == b"iopub_welcome":         # ours, or another client's, who subscribed to everything
+                self._is_subscribed = True
+                self._welcome()
+        self._publish_head()
+
+    def _hear_idle(self, msg_id: str) -> None:
+        request = self._requests.get(msg_id)
+        if request is not None:
+            request.needs_idle = False
+            self._forget_if_done(request, msg_id)
+
+    def _publish_head(self) -> bool:
+        """False: a local reader is full, and it is not yet time to let that reader lose."""
+        iopub = self._near["iopub"]
+        if not _send(iopub, self._head or []):
+            if not self._patience.is_over():
+                return False
+            self._say("a local reader of output is too slow: it loses messages until it catches up")
+            iopub.setsockopt(zmq.XPUB_NODROP, 0)    # see channels.py
+            _send(iopub, self._head or [])
+            iopub.setsockopt(zmq.XPUB_NODROP, 1)
+            self._patience = SlowReaders(PATIENCE_SECONDS)
+            # A stock client waits for its idle for ever.  Nobody says when that reader has caught up: so ever more
+            # rarely, for half an hour.
+            self._repeats = deque(time.monotonic() + 2 ** n for n in range(12))
+        self._patience.sent()
+        self._head = None
+        return True
+
+    def _hear_subscribers(self) -> None:
+        while frames := _receive(self._near["iopub"]):
+            if frames[0][:1] == b"\x01":
+                self._welcomes.append(frames[0][1:])
+        self._welcome()
+
+    def _welcome(self) -> None:
+        """JEP 65: whoever subscribes is told that from now on output reaches him.  The kernel sees us alone."""
+        while self._is_subscribed and self._welcomes:
+            topic = self._welcomes.pop()
+            _send(self._near["iopub"], [topic or b"iopub_welcome", *self._session.serialize(
+                "iopub_welcome", {"subscription": topic.decode("utf-8", "replace")})])
+
+    # -- the link
+    def _look_around(self) -> float:
+        """What has become due; returns the seconds until something may."""
+        now = time.monotonic()
+        if self._look_at is not None and now >= self._look_at:
+            self._knock()
+            self._look_at = time.monotonic() + 1
+        for channel, unsent in list(self._unsent.items()):
+            while unsent and _send(self._far[channel], unsent[0]):
+                del unsent[0]
+            if not unsent:
+                del self._unsent[channel]
+                self._read_requests()
+        if self._head is not None:
+            self._pass_output()
+        self._poller.modify(self._far["iopub"], zmq.POLLIN if self._head is None else 0)
+        if self._repeats and now > self._repeats[0] and self._head is None:
+            self._repeats.popleft()
+            for frames in self._owed:
+                _send(self._near["iopub"], frames)
+            if not self._repeats:
+                self._owed.clear()
+        if self._head is not None:
+            return 0.005            # poll() calls iopub writable while send says it is full
+        return 0.05 if self._unsent else 0.5 if self._look_at or self._repeats else 60.0
+
+    def _hear_link(self, channel: str) -> None:
+        while frames := _receive(self._far[channel + " link"]):
+            event = int.from_bytes(frames[0][:2], sys.byteorder)
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise Gone("the kernel does not let your key in any more", EXIT_REFUSED)
+            if channel == "shell" and event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._look_at = None
+                if self._was_connected:
+                    self._greet()
+                self._was_connected = True
+            elif channel == "shell":
+                self._lose()
+                return
+
+    def _lose(self) -> None:
+        if self._ended:
+            raise Gone("the kernel was " + self._ended, 0)
+        self.is_linked, self._look_at, self._refusals = False, time.monotonic(), 0
+        self._connect()
+        self._read_requests()
+
+    def _knock(self) -> None:
+        """Where nobody listens the kernel is gone; where nobody answers it may be the network, which comes back."""
+        try:
+            socket.create_connection((self.info.ip.strip("[]"), self.info.shell_port), 0.5).close()
+        except ConnectionRefusedError:
+            self._refusals += 1
+            if self._refusals == REFUSALS:
+                raise Gone("the kernel is gone: nothing listens at %s any more" % self.info.url("shell")) from None
+            return
+        except OSError:
+            pass
+        self._refusals = 0
+        if not self._is_told:
+            self._is_told = True
+            self._say("the link is lost; waiting for it to come back")
+
+    def _greet(self) -> None:
+        """Connected again: to the same kernel?"""
+        if self.info.curve_publickey:
+            self._far["control"].send(HELLO)
+        else:
+            self._come_back()
+
+    def _hear_hello(self, answer: bytes) -> None:
+        with contextlib.suppress(ValueError, KeyError, AttributeError):
+            if json.loads(answer)["key"].encode() != self.info.key:
+                raise Gone("the kernel is gone, and another one has its place at %s" % self.info.url("shell"))
+            self._come_back()
+
+    def _come_back(self) -> None:
+        """Have the kernel, in the name of each client, say what it knows of the requests that were under way.
+
+        It answers the cells that it knows to the connection on which it is asked.
+        """
+        if self._is_told:
+            self._say("the link is back")
+        self.is_linked, self._is_told = True, False
+        cells: dict[tuple, list[Request]] = {}
+        for request in self._requests.values():
+            header, parent, _, content = request.frames[:4]
+            if request.header["msg_type"] == "execute_request":
+                cells.setdefault((*request.identities, request.header.get("session")), []).append(request)
+            else:       # signed anew: if it was answered and the answer lost, it is answered once more
+                self._send(request.channel, [*request.identities, *self._session.serialize(
+                    "", content, parent, b'{"twoproc_again":true}', header=header)])
+        for requests in cells.values():
+            question = {**requests[0].header, "msg_type": "twoproc_resume_request", "msg_id": os.urandom(16).hex(),
+                        "date": datetime.now(UTC).isoformat()}
+            self._questions.add(question["msg_id"])
+            self._send("shell", [*requests[0].identities, *self._session.serialize(
+                "", {"msg_ids": [request.header["msg_id"] for request in requests]}, header=encode(question))])
+        self._read_requests()
+
+    def _hear_fate(self, frames: list[bytes]) -> None:
+        """The answer to a twoproc_resume_request; see docs/protocol.md."""
+        content = json.loads(frames[5])
+        for request in filter(None, map(self._requests.get, content.get("unknown", ()))):
+            # Unchanged: had it been on its way nevertheless, the kernel would refuse the second one.
+            self._send(request.channel, [*request.identities, DELIMITER, self._session.sign(request.frames[:4]),
+                                         *request.frames])
+        for request in filter(None, map(self._requests.get, content.get("forgotten", ()))):
+            text = "the link was cut when this cell ended, and its reply is no longer kept"
+            error = {"status": "error", "ename": "ConnectionLost", "evalue": text, "traceback": [text]}
+            header = request.frames[0]
+            self._near["shell"].send_multipart([*request.identities, *self._session.serialize(
+                "execute_reply", {**error, "execution_count": 0}, header)])
+            _send(self._near["iopub"], [b"status", *self._session.serialize(
+                "status", {"execution_state": "idle"}, header)])
+
+
+def _receive(sock: zmq.Socket) -> list[bytes]:
+    try:
+        return sock.recv_multipart(zmq.NOBLOCK)
+    except zmq.Again:
+        return []
+
+
+def _send(sock: zmq.Socket, frames: list) -> bool:
+    try:
+        sock.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < 65_536)
+    except zmq.Again:
+        return False
+    return True
+
+
+# -- the program
+
+def make_parser() -> argparse.ArgumentParser:
+    program = argparse.ArgumentParser(prog="python -m %s.relay" % __package__,
+                                      description="Let Jupyter's clients use a kernel on another machine.")
+    program.add_argument("target", metavar="ADDR|NAME", nargs="?",
+                         help="twoproc://host:port/key, or the name of a known kernel")
+    program.add_argument("--name", help="the name of the connection file (default: an animal and a number)")
+    program.add_argument("--transport", choices=("ipc", "tcp"), help="how the clients on this machine connect")
+    program.add_argument("--version", action="version", version="twoproc %s" % __version__)
+    config.add_arguments(program)
+    return program
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status, see docs/configuration.md."""
+    program = make_parser()
+    arguments = program.parse_args(argv)
+    try:
+        settings = config.load(arguments, {"--transport": ("kernel.transport", arguments.transport)})
+        if arguments.show_config:
+            print(settings.show())
+            return 0
+        if arguments.target is None:
+            program.error("say which kernel: its address, or its name")
+        from .remote import reach
+        return serve(reach(arguments.target, settings), arguments.name, settings)
+    except (config.ConfigError, ConnectionFileError, NotReady, Gone) as error:
+        tell(str(error))
+        return getattr(error, "exit_code", 1)
+
+
+def tell(text: str) -> None:
+    print("twoproc.relay: %s" % text, file=sys.stderr, flush=True)
+
+
+def serve(info: ConnectionInfo, name: str | None, settings: config.Settings) -> int:
+    """The connection file is written when everything works, never before, and removed with the sockets."""
+    path, local = connection.new_connection(settings["kernel.transport"], name)
+    local = local._replace(key=info.key, signature_scheme=info.signature_scheme, kernel_name=info.kernel_name,
+                           extra={"twoproc_pid": os.getpid()})
+    claim = connection.Claim(path)
+    relay: Relay | None = None
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, end)
+        relay = Relay(info, local, tell, settings["limits.max_frame_mb"] << 20)
+        relay.wait_ready()
+        local = relay.local
+        connection.write_connection_file(path, local)
+        if settings["kernel.publish_jupyter"]:
+            connection.publish_to_jupyter(path, local)
+        print(path, flush=True)
+        relay.run()
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)       # what is left to do takes a moment
+        connection.remove_files(path, local)
+        if relay is not None:
+            relay.close()
+        claim.release()
+
+
+def end(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(128 + number if number != signal.SIGINT else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
