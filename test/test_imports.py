@@ -44,6 +44,7 @@ ROOMS = {
     "client": ("session clientchannels connection replay", ""),
     "replay": ("session client", ""),
     "launcher": ("connection client crashlog", ""),
+    "relay": ("channels client config connection remote session", "zmq"),
     "start": ("connection config launcher ssh client death", ""),
     "ssh": ("connection", ""),
     "death": ("crashlog recovery connection client", ""),
