@@ -1089,7 +1089,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         if settings["kernel.publish_jupyter"]:
             connection.publish_to_jupyter(path, info)
         if listen is not None:
-            announce(kernel, extra["twoproc_listen"], access)
+            announce(kernel, extra["twoproc_listen"])
         if not arguments.connection_file and sys.stderr is not None and sys.stderr.isatty():
             name = connection.kernel_name_of(path)
             print("kernel %s is ready; join it with  python -m %s.frontend --existing %s" % (name, __package__, name),
@@ -1169,11 +1169,19 @@ def raise_descriptor_limit(wanted: int = 8192) -> int:
     return wanted if soft == resource.RLIM_INFINITY else soft
 
 
-def announce(kernel: Kernel, address: str, access: Access | None) -> None:
+def announce(kernel: Kernel, address: str) -> None:
     """Where we listen, for whoever started us and for the access log."""
-    assert access is not None
+    access, listen = kernel.channels.access, kernel.channels.listen
+    assert access is not None and access.keys is not None and listen is not None
     access.log.note("listen", name=kernel.name, address=address)
-    print("listening at %s for the keys in %s" % (address, access.keys.path), file=sys.stderr)
+    host = listen.host
+    if host in ("0.0.0.0", "::"):       # any address of this machine, whose name others may know
+        import socket
+        host = socket.gethostname()
+    print("kernel %s listens at %s for the keys in %s; join it with  python -m %s.frontend --connect "
+          "twoproc://%s/%s" % (kernel.name, address, access.keys.path, __package__,
+                               connection.address(host, kernel.channels.listening or 0).removeprefix("tcp://"),
+                               access.own_key), file=sys.stderr)
 
 
 def make_log(kernel: Kernel, settings: config.Settings, path: str) -> SessionLog:
