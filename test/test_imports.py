@@ -51,12 +51,14 @@ ROOMS = {
     "cells": ("", ""),
     "painter": ("session screen", ""),
     "prompt": ("client crashlog cells", "prompt_toolkit pygments ipython_pygments_lexers"),
-    "terminal": ("client launcher connection session screen painter prompt start death", "prompt_toolkit"),
-    "frontend": ("client launcher connection config session cells screen painter start terminal death", "IPython"),
+    "discovery": ("connection clientchannels", ""),
+    "terminal": ("client launcher connection session screen painter prompt start death discovery", "prompt_toolkit"),
+    "frontend": ("client launcher connection config session cells screen painter start terminal death discovery",
+                 "IPython"),
 }
 KERNEL_SIDE = {"admission", "channels", "sessionlog", "shell", "history", "completion", "comms", "streams", "kernel"}
 CLIENT_SIDE = {"clientchannels", "client", "replay", "launcher", "start", "ssh", "death", "cells", "screen", "painter",
-               "prompt", "terminal", "frontend"}
+               "prompt", "discovery", "terminal", "frontend"}
 # `kernel --install-kernelspec` and `--print-connection` are commands; a running kernel never loads the other side.
 NEIGHBOURS = {("kernel", "launcher"), ("kernel", "start")}
 HEAVY = ("zmq", "IPython", "prompt_toolkit", "traitlets", "jupyter_client", "ipykernel", "tornado")

@@ -8,6 +8,7 @@ Sources: ZeroMQ RFC 28 (ROUTER, DEALER), RFC 29 (XPUB, SUB), the messaging speci
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -20,7 +21,7 @@ import zmq
 
 from .connection import ConnectionInfo, hex_of
 from .mailbox import Mailbox, own_thread
-from .session import MessageError, Session, SignatureError
+from .session import Message, MessageError, Session, SignatureError
 
 logger = logging.getLogger(__name__)
 
@@ -316,3 +317,45 @@ class ClientChannels:
                 self.silent_since, self.answered_at = None, time.monotonic()
         except zmq.Again:
             pass
+
+
+def ask_all(questions: list[tuple[ConnectionInfo, str]], timeout: float) -> list[tuple[bool, Message | None]]:
+    """Ask many kernels of this machine at once: their heartbeats, and on control the request of that type, "" for none.
+
+    Returns for each whether its heartbeat answered, and the reply.  Who says nothing costs `timeout`, all together.
+    Called by any thread: its sockets live as long as the call.
+    """
+    beats, replies = [False] * len(questions), [None] * len(questions)      # type: list[bool], list[Message | None]
+    open_questions = {}     # socket -> (its number in questions, what may be read from it, None for a heartbeat)
+    poller = zmq.Poller()
+    with zmq.Context() as context:
+        for number, (info, msg_type) in enumerate(questions):
+            for channel in ("hb", "control") if msg_type else ("hb",):
+                session = Session(info.key, info.signature_scheme) if channel == "control" else None
+                sock = context.socket(zmq.DEALER)
+                sock.linger = 0
+                if info.curve_publickey and info.curve_secretkey:
+                    sock.curve_serverkey = sock.curve_publickey = info.curve_publickey
+                    sock.curve_secretkey = info.curve_secretkey
+                sock.connect(info.url(channel))
+                sock.send_multipart([b"", b"twoproc"] if session is None else session.serialize(msg_type, {}))
+                open_questions[sock] = number, session
+                poller.register(sock, zmq.POLLIN)
+        deadline = time.monotonic() + timeout
+        while open_questions and (left := deadline - time.monotonic()) > 0:
+            for sock, _ in poller.poll(int(left * 1000) + 1):
+                number, session = open_questions[sock]
+                frames = sock.recv_multipart()
+                if session is None:
+                    beats[number] = True
+                else:
+                    with contextlib.suppress(MessageError):
+                        replies[number] = session.deserialize(frames)
+                    if replies[number] is None:     # not from whom we have asked
+                        continue
+                poller.unregister(sock)
+                sock.close()
+                del open_questions[sock]
+        for sock in open_questions:
+            sock.close()
+    return list(zip(beats, replies))

@@ -31,7 +31,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -460,8 +460,12 @@ def find_connection_file(name: str | None = None) -> str:
 
 def alive_kernels() -> list[str]:
     """The connection files of our kernels whose Claim is held, newest first."""
+    return _newest_first(filter(is_claimed, _connection_files(kernels_folder())))
+
+
+def _newest_first(paths: Iterable[str]) -> list[str]:
     found = []
-    for path in filter(is_claimed, _connection_files(kernels_folder())):
+    for path in paths:
         with contextlib.suppress(OSError):  # it ended while we looked
             found.append((os.lstat(path).st_mtime_ns, path))
     return [path for _, path in sorted(found, reverse=True)]
@@ -494,11 +498,28 @@ def jupyter_runtime_folder() -> str:
 
 
 def publish_to_jupyter(path: str, info: ConnectionInfo) -> None:
-    """Copy the file to where `jupyter console --existing` looks."""
+    """Copy the file to where `jupyter console --existing` looks; it says of which file it is a copy, and where."""
     copy = _published_path(path)
+    if copy == os.path.abspath(path):
+        return
+    info = info._replace(extra={**info.extra, "twoproc_copy_of": os.path.abspath(path),
+                                "twoproc_host": socket.gethostname()})
     with contextlib.suppress(OSError):  # writing tells
         make_folders(os.path.dirname(copy))
     write_connection_file(copy, info)
+
+
+def remove_stale_copy(path: str, info: ConnectionInfo) -> None:
+    """Remove what publish_to_jupyter() wrote for a kernel that is dead; Jupyter's folder may be shared by machines."""
+    original = info.extra.get("twoproc_copy_of")
+    if info.extra.get("twoproc_host") == socket.gethostname() and not (
+            isinstance(original, str) and is_claimed(original)):
+        os.unlink(path)
+
+
+def jupyter_files() -> list[str]:
+    """The connection files in Jupyter's folder, the newest first; most may be of kernels long dead."""
+    return _newest_first(_connection_files(jupyter_runtime_folder()))
 
 
 def _published_path(path: str) -> str:

@@ -18,6 +18,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, config, connection, launcher
-from .start import Start, banner, kernel_lines
+from .start import Start, banner
 
 if TYPE_CHECKING:
     from .client import Client, KernelDied
@@ -51,9 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.ssh is not None and arguments.kernel is not None:
             raise config.ConfigError("--ssh with --kernel: a kernel that is started there is one of ours")
         if arguments.list:
-            connection.remove_stale()
-            for line in kernel_lines():
-                print(line)
+            from .discovery import look
+            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            for kernel in look():
+                print(json.dumps(kernel.members()) if arguments.json else kernel.line()[:columns])
             return 0
         return run(arguments, settings)
     except (config.ConfigError, connection.ConnectionFileError, launcher.LaunchError) as error:
@@ -89,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ssh", metavar="[USER@]HOST[:PORT]",
                         help="a kernel of yours on that machine: the newest, one that is started there if none runs, "
                              "or with --existing this one")
-    parser.add_argument("--list", action="store_true", help="list your running kernels")
+    parser.add_argument("--list", action="store_true", help="list your running kernels; with --json as lines of JSON")
     parser.add_argument("--kernel", metavar="NAME", help="start this Jupyter kernel instead of our own")
     parser.add_argument("--name", help="what to call the kernel that is started")
     parser.add_argument("--keep", action="store_true", help="leave the kernel running at the end")

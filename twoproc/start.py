@@ -1,5 +1,5 @@
 # Distributed under the terms of the BSD 3-Clause License.
-"""The kernel that a frontend works with: being started, or found; and how others find it.
+"""The kernel that a frontend works with: being started, or found.
 
 Start is made in main() before anything slow is imported, so that the kernel boots meanwhile; the thread that
 it starts (`twoproc-start`) ends as soon as the kernel can be connected to, or cannot be started.  Called by
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from . import __version__, config, connection, launcher
 
@@ -106,15 +106,6 @@ def banner(start: Start) -> list[str]:
 
 def join_command(name: str) -> str:
     return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend --existing {name}"
-
-
-def kernel_lines(current: str | None = None) -> Iterator[str]:
-    """One line for each kernel of this user that lives, the newest first."""
-    for path in connection.alive_kernels():
-        with contextlib.suppress(OSError):
-            since = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
-            yield (f"{connection.kernel_name_of(path):16} pid {connection.holder_pid(path) or '?':<8} since {since}"
-                   + ("  (this one)" if path == current else ""))
 
 
 # -- the far side of ssh.py: `python -m twoproc.kernel --print-connection`

@@ -42,13 +42,13 @@ from prompt_toolkit.input.typeahead import get_typeahead
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.lexers import Lexer
 
-from . import connection, death, screen
+from . import connection, death, discovery, screen
 from .client import END_OF_INPUT, Client, KernelDied
 from .launcher import LaunchError
 from .painter import Painter
 from .prompt import Invisible, Prompt, lexer_of
 from .session import Message, timestamp
-from .start import banner, kernel_lines
+from .start import banner
 
 # A second Ctrl-C within this time says that the first one did not help.
 INSISTING_SECONDS = 2.0
@@ -815,8 +815,8 @@ class Terminal:
         self.painter.say("saved to " + death.save(self.client.log(0).session, argument))
 
     def command_kernels(self, argument: str) -> None:
-        for line in kernel_lines(self.start.connection_file):
-            self.painter.say(line)
+        for kernel in discovery.look():
+            self.painter.say(kernel.line(self.start.connection_file)[:self.painter.size()[0] - 1])
 
     def command_connect(self, argument: str) -> None:
         found = self.new_start(argument)
