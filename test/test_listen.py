@@ -75,6 +75,15 @@ class Refusals(unittest.TestCase):
                 self.assertEqual(kernel.wait(), status, kernel.log())
                 self.assertEqual(len(kernel.log().splitlines()), 1, kernel.log())
 
+    def test_a_jupyter_managers_kernel_listens_nowhere_else_and_starts(self):
+        manager = {"transport": "tcp", "ip": "127.0.0.1", "key": "k" * 32, "signature_scheme": "hmac-sha256",
+                   **{f"{channel}_port": 0 for channel in support.CHANNELS}}
+        kernel = support.start_kernel(self, connection=manager, env={"TWOPROC_NETWORK_LISTEN": "0.0.0.0"})
+        self.assertEqual(kernel.client(self).execute("1+1").value, "2")
+        self.assertNotIn("twoproc_listen", kernel.info)
+        asked = support.Kernel(self, "--listen", "0.0.0.0", connection=manager)
+        self.assertEqual(asked.wait(), 2, asked.log())
+
     def test_not_with_a_zeromq_that_has_known_holes(self):
         for version, has_curve in (((4, 3, 2), True), ((4, 3, 5), False)):
             with mock.patch.object(channels.zmq, "zmq_version_info", return_value=version), \

@@ -1120,7 +1120,11 @@ def who_may_connect(info: connection.ConnectionInfo, settings: config.Settings) 
         with contextlib.suppress(crashlog.StateError):      # the session log says what is wrong with the folder
             log_path = os.path.join(crashlog.state_folder(), "access.log")
     access_log = AccessLog(log_path, settings["log.access_log_mb"] << 20)
-    if not settings["network.listen"]:
+    is_own = info.transport == "ipc" and info.curve_publickey is None       # else a manager chose how it is reached
+    if not is_own and settings.origin("network.listen") == "--listen":
+        raise connection.ConnectionFileError("a kernel that listens to other machines makes its own connection file; "
+                                             "start it without --transport tcp and without a file of others")
+    if not settings["network.listen"] or not is_own:
         if info.transport != "ipc" and info.curve_publickey is None:
             return info, None, None         # of a connection by loopback nothing is known, not even the user
         own = connection.hex_of(info.curve_publickey) if info.curve_publickey else None
@@ -1130,9 +1134,6 @@ def who_may_connect(info: connection.ConnectionInfo, settings: config.Settings) 
     listen = Listen(*connection.parse_listen(settings["network.listen"], settings["network.port_base"],
                                              settings["network.port_slots"]),
                     settings["network.handshake_seconds"], min(settings["network.max_connections"], most))
-    if info.transport != "ipc" or info.curve_publickey is not None:
-        raise connection.ConnectionFileError("a kernel that listens to other machines makes its own connection file; "
-                                             "start it without -f, --transport tcp and without CURVE keys of others")
     check_curve()
     from . import keys
     host_key, authorized = settings["auth.host_key"], AuthorizedKeys(settings["auth.authorized_keys"])
