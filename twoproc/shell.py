@@ -874,8 +874,11 @@ class KernelMagics(Magics):
         """Show how another frontend attaches to this kernel."""
         path = self.shell.interpreter.connection_file
         with open(path, encoding="utf-8") as file:
-            # Without the key: what a cell prints is saved in notebooks.
-            print(json.dumps({**json.load(file), "key": "(in the file)"}, indent=2))
+            members = json.load(file)
+        # Without what lets in: what a cell prints is seen by all clients, and saved in logs and notebooks.
+        for name in {"key", "curve_secretkey"} & set(members):
+            members[name] = "(in the file)"
+        print(json.dumps(members, indent=2))
         print("The connection file is %s." % path)
         print("Attach another frontend, on this machine and as the same user, with one of\n"
               "    python -m %s.frontend --existing %s\n"
