@@ -327,6 +327,18 @@ class WhenNobodyKeepsTheDoor(unittest.TestCase):
         self.assertTrue(kernel.is_alive)
 
 
+    def test_a_fault_of_ours_keeps_one_out_and_the_next_in(self):
+        home = support.Home(self)
+        script = ("import sys\nfrom twoproc import access, kernel\nadmit, calls = access.Access.admit, []\n"
+                  "def fail_first(*arguments):\n    calls.append(1)\n    return admit(*arguments) if calls[1:] else 1 / 0\n"
+                  "access.Access.admit = fail_first\nsys.exit(kernel.main(sys.argv[1:]))\n")
+        kernel = support.start_kernel(self, command=f"{sys.executable} -c '{script}' -f {{connection_file}}", home=home)
+        first = kernel.client(self, ready=False, channels=("control",))
+        support.wait_until(lambda: "ZeroDivisionError" in kernel.log(), what="the fault is logged")
+        self.assertEqual(kernel.client(self).execute("1+1").value, "2")
+        first.close()
+
+
 @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root can become another user")
 class AnotherUserOfThisMachine(unittest.TestCase):
     SUB = ("import os, sys, zmq\nos.setgid(65534); os.setuid(65534)\n"

@@ -101,6 +101,9 @@ class Admission:
         except Refused as refusal:
             status, text, user = b"400", b"refused", ""         # a stranger is not told why
             logger.warning("%s: refused: %s", domain.decode("ascii", "replace"), refusal)
+        except Exception:           # a fault of ours keeps this one out, and nobody in
+            status, user = b"500", ""
+            logger.exception("a connection could not be decided about; it is refused")
         self._zap.send_multipart([version, request_id, status, text, user.encode("ascii"), b""])
 
     def _count(self, monitor: zmq.Socket) -> None:
