@@ -18,7 +18,8 @@ the same Pending again.  `interrupt_nowait` may be called from a signal handler.
 
 How death is noticed: by the launcher that started the kernel, by the process number in a connection file of
 this machine (pidfd or kqueue), by a connection that is cut and then refused.  Silence is not death: a kernel
-that is stopped, or computes in C, may go on; `silence` says for how long it has not answered.
+that is stopped, or computes in C, may go on; `silence` says for how long it has not answered.  Nor is a cut
+connection, where there is a network in between: link.py finds the way back, and requests wait for it.
 
 What was said before we came, or what we were too slow to take, a kernel that keeps a session log says again: see
 `log`, `catch_up` and replay.py.  Such a message takes the same way as a live one.
@@ -41,6 +42,7 @@ from typing import Any
 from . import connection
 from .clientchannels import ClientChannels
 from .connection import ConnectionInfo
+from .link import Link
 from .replay import Follower, InOrder, LogPage, read_log
 from .session import MESSAGES, Message, Session, seal
 
@@ -59,6 +61,7 @@ PATIENT_SECONDS = 15.0
 UNREAD_CHARS = 64 << 20
 # The last words of a dead kernel are already on the way: wait for this much silence, but no longer than that.
 LAST_WORDS, LAST_WORDS_AT_MOST = 0.03, 0.4
+CONNECT_SECONDS = 2.0       # so long an address is asked that does not even refuse
 END_OF_INPUT = "\x04"       # as an input_reply's value, what every Jupyter kernel takes for end of file
 
 
@@ -70,8 +73,13 @@ class KernelDied(Exception):
         self.cause = cause
 
 
+class ConnectionLost(ConnectionError):
+    """The connection to a kernel on another machine was cut, and nothing more comes of this request."""
+
+
 class NotReady(ConnectionError):
-    """Attaching failed.  reason: refused, key, encryption, busy, output or silent; str() says it to a person."""
+    """Attaching failed.  reason: refused, blocked, unauthorised, key, encryption, busy, hello, output or silent;
+    str() says it to a person."""
 
     def __init__(self, reason: str, text: str):
         super().__init__(text)
@@ -126,7 +134,7 @@ class Pending:
         self.msg_type = msg_type
         self.msg_id = msg_id
         self.reply: Message | None = None
-        self.error: Exception | None = None     # KernelDied, or the client was closed
+        self.error: Exception | None = None     # KernelDied, ConnectionLost, or the client was closed
         self.is_idle = False                    # the kernel said that it has finished with this request
         self.is_done = False                    # nothing more will come
         self._needs_reply, self._needs_idle = needs_reply, needs_idle
@@ -135,6 +143,8 @@ class Pending:
         self._inbox: deque = deque()            # (channel, Message); twoproc-client appends, the waiter takes
         # Sizes of what went in and came out: each has one writer, so their difference needs no lock.
         self._received_chars = self._taken_chars = 0
+        self._question = ""         # msg_id of the input_request that came, until that may have been in vain
+        self._is_answered = False
         self._bell = Bell()
         self._heard_at = time.monotonic()
 
@@ -146,7 +156,7 @@ class Pending:
         on_output(message): every iopub message of this request, in order, in this thread.
         on_input(prompt, password): what the user answers; may raise EOFError, or KeyboardInterrupt, which
         interrupts the cell; without it a question is answered with end of input.
-        Raises TimeoutError, on time also while output keeps coming, and KernelDied.  After TimeoutError,
+        Raises TimeoutError, on time also while output keeps coming, KernelDied, ConnectionLost.  After TimeoutError,
         KeyboardInterrupt or an exception of the callbacks it may be called again and goes on.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -164,7 +174,7 @@ class Pending:
             now = time.monotonic()
             patience = None
             may_be_over = self.reply is not None or (self.is_idle and not self._needs_reply)
-            if may_be_over and not self.client._order.is_filling:
+            if may_be_over and not self.client._order.is_filling and not self.client.is_lost:
                 patience = self._heard_at + IDLE_PATIENCE - now
                 if patience <= 0:
                     self.cancel()
@@ -237,19 +247,28 @@ class Pending:
         return TimeoutError("no %s %s within %g s" % (what, self.msg_type, timeout or 0))
 
     # -- run by twoproc-client only
+    def _ask_again(self) -> None:
+        """The connection was cut, and with it maybe our answer: then the kernel repeats its question."""
+        if self._is_answered:
+            self._question, self._is_answered = "", False
+
     def _receive(self, channel: str, message: Message) -> None:
         self._heard_at = time.monotonic()
         if channel == "iopub":
             if message.msg_type == "status" and message.content.get("execution_state") == "idle":
                 self.is_idle = True
         elif channel == "stdin":
-            if message.msg_type != "input_request":
+            if message.msg_type != "input_request" or message.msg_id == self._question:
                 return
+            self._question, self._is_answered = message.msg_id, False
             if not self._allows_input:
                 self.client.answer(message, END_OF_INPUT)
                 return
         elif message.msg_type.endswith("_reply"):
             self.reply = self.reply or message
+            # Too many requests: such a reply comes alone, so that others are not troubled.
+            if message.content.get("ename") == "RateLimited" and len(message.content.get("traceback") or ()) == 1:
+                self.is_idle = True
         if self._on_message is not None:
             self._on_message(message)
         if channel == "stdin" or channel == "iopub" and self._needs_idle and self._on_message is None:
@@ -293,6 +312,9 @@ class Client:
                 self.process, target = target, target.connection_file
             self.connection_file = connection.find_connection_file(os.fspath(target) if target else None)
             self.info = connection.read_connection_file(self.connection_file)
+        # What our key may do there: view, input, run, admin; and whose key it is there.  Of this machine: all, nobody's.
+        self.rights = str(self.info.extra.get("twoproc_rights") or "admin")
+        self.user = str(self.info.extra.get("twoproc_user") or "")
         self.execution_state = ""                   # what the kernel said last: starting, busy, idle
         self.kernel_info_reply: Message | None = None
         self.died: KernelDied | None = None
@@ -304,7 +326,8 @@ class Client:
         self._watchers: list[Callable[[str], None]] = []            # the same
         self._followers: list[Follower] = []        # listeners whose past wait_ready is to ask for
         self._ready_bell = Bell()
-        self._order = InOrder(self)
+        self._order, self._link = InOrder(self), Link(self)
+        self._kernel = ""                   # the session in its messages, another one for another process
         self._woken: dict[str, Pending] = {}        # twoproc-client's: who has something new since it last rang
         self._sees_output = False           # something arrived on iopub: the subscription stands
         self._was_connected = False         # since the last reset
@@ -410,6 +433,16 @@ class Client:
         return self.died is None and not self._is_closed
 
     @property
+    def is_lost(self) -> bool:
+        """True while the connection to a kernel on another machine is cut; what is sent waits for its return."""
+        return self._link.is_lost
+
+    @property
+    def address(self) -> str:
+        """Where the kernel is, to be shown."""
+        return str(self.info.extra.get("twoproc_address") or self.info.url("shell"))
+
+    @property
     def silence(self) -> float:
         """Seconds since the oldest heartbeat that the kernel has not answered, 0.0 while it answers."""
         since = self._channels.silent_since
@@ -457,7 +490,9 @@ class Client:
     def watch(self, callback: Callable[[str], None]) -> Callable[[], None]:
         """Have `callback` called with "died" or "alive" when that changes; returns what ends it.
 
-        "alive" comes when a kernel answers again at the same address.  Called on twoproc-client: must not wait.
+        "alive" comes when a kernel answers again at the same address.  With a network in between also with "lost"
+        when the connection is cut, and "back" when the kernel has answered again.  Called on twoproc-client: must
+        not wait.
         """
         self._watchers = [*self._watchers, callback]
         return lambda: setattr(self, "_watchers", [other for other in self._watchers if other is not callback])
@@ -473,6 +508,14 @@ class Client:
         each message that belongs to it, replies included, instead of keeping output; implies wait_idle.
         Raises KernelDied, ValueError for a closed client, TypeError for content that JSON cannot hold.
         """
+        pending, channel, frames = self._prepare(msg_type, content, channel, on_message, wait_idle, metadata, buffers)
+        self._channels.send(channel, frames, pending)
+        return pending
+
+    def _prepare(self, msg_type: str, content: dict | None = None, channel: str | None = None,
+                 on_message: Callable[[Message], None] | None = None, wait_idle: bool = False,
+                 metadata: dict | None = None, buffers: tuple = ()) -> tuple[Pending, str, list]:
+        """All of `submit` but the sending."""
         if self._is_closed:
             raise ValueError("this client is closed; connect again")
         if self._pid != os.getpid():
@@ -491,8 +534,7 @@ class Client:
         if self.died is not None or self._dying is not None:
             self._forget(pending)
             raise self.died or KernelDied(self._dying[2] if self._dying else "")
-        self._channels.send(channel or (kind.channels[0] if kind else "shell"), frames)
-        return pending
+        return pending, channel or (kind.channels[0] if kind else "shell"), frames
 
     def execute_nowait(self, code: str, *, silent: bool = False, store_history: bool = True,
                        user_expressions: dict | None = None, allow_stdin: bool = False, stop_on_error: bool = True,
@@ -552,9 +594,17 @@ class Client:
     @property
     def keeps_log(self) -> bool:
         """Does the kernel say that it keeps a session log?  Known after wait_ready."""
+        return self._can("twoproc log")
+
+    @property
+    def resumes(self) -> bool:
+        """Does it say that it knows what became of a cell when the connection was cut?"""
+        return self._can("twoproc resume")
+
+    def _can(self, feature: str) -> bool:
         reply = self.kernel_info_reply
         features = reply.content.get("supported_features") if reply is not None else None
-        return isinstance(features, list) and "twoproc log" in features
+        return isinstance(features, list) and feature in features
 
     def log(self, cells: int = 20, max_bytes: int = 65_536, timeout: float | None = 5.0) -> LogPage:
         """What the last `cells` cells were and printed; an empty page at once where the kernel keeps no log."""
@@ -599,6 +649,9 @@ class Client:
 
     def answer(self, question: Message, value: str) -> None:
         """Answer an input_request that came to an `on_message`; where there is an on_input, that one answers."""
+        pending = self._pending_of(question)
+        if pending is not None:
+            pending._is_answered = True
         frames = self._session.serialize("input_reply", {"value": value, "status": "ok"}, question.header_bytes)
         self._channels.send("stdin", frames)
 
@@ -626,6 +679,7 @@ class Client:
 
     def _deliver(self, channel: str, message: Message) -> None:
         """Hand a message to the request that caused it, and output to the listeners as well."""
+        self._kernel = message.header.get("session") or self._kernel
         if channel == "iopub":
             self._note_output(message)
         pending = self._pending_of(message)
@@ -682,6 +736,8 @@ class Client:
             sys.excepthook(*sys.exc_info())
 
     def _tick(self) -> float | None:
+        if self.is_lost:
+            return self._link.tick()
         self._order.tick()
         if self._dying is None:
             return self._look_for_loss()
@@ -717,20 +773,31 @@ class Client:
         self._may_have_lost, self._heard_output_at, self._provoked = True, time.monotonic(), 0
 
     def _hear_link(self, event: str) -> None:
-        if event == "connected":
+        if self.is_lost:
+            self._link.hear(event)
+        elif event == "connected":
             self._was_connected = True
-            if self.died is not None:
+            if self.died is not None and not self._link.is_over:
                 self._revive()
+        elif self.info.is_remote:
+            if event == "disconnected" and self._was_connected and self.died is None and self._dying is None:
+                if self._shutdown is None:
+                    self._link.lose()
+                else:
+                    self._begin_dying("")
         elif event == "refused" and self._was_connected and self.died is None and self.process is None:
-            # A local address where somebody listened and nobody does: the process is gone.  Elsewhere it
-            # may be the network, which comes back.
-            if self._watched_pid is None and (self.info.transport == "ipc" or connection.is_loopback(self.info.ip)):
+            # A local address where somebody listened and nobody does: the process is gone.
+            if self._watched_pid is None:
                 self._begin_dying("its process is gone (nothing listens at %s)" % self.info.url("shell"))
         self._ready_bell.ring()
 
     def _hear_process(self, cause: str) -> None:
         """Called by the launcher, on its thread."""
         self._channels.call(lambda: self._begin_dying(cause))
+
+    def tell_death(self, cause: str) -> None:
+        """Called by any thread that knows from elsewhere that the kernel has died."""
+        self._hear_process(cause)
 
     def _watch_process(self) -> None:
         """Have the operating system tell us when the kernel's process, if we know it, has ended."""
@@ -761,6 +828,7 @@ class Client:
                                       self._shutdown.parent_header.get("username") or "a client")
             now = time.monotonic()
             self._dying = now + LAST_WORDS, now + LAST_WORDS_AT_MOST, cause
+            self._link.close()
             self._order.give_up("the kernel is gone")
 
     def _declare_dead(self, cause: str) -> None:
@@ -772,8 +840,7 @@ class Client:
         # Its own launcher starts it again in a moment, others in their own time.
         self._channels.reset(is_urgent=self._is_started_again() or getattr(self.process, "is_restarting", False))
         self._ready_bell.ring()
-        for watcher in self._watchers:
-            self._call(watcher, "died")
+        self._tell("died")
 
     def _revive(self) -> None:
         """Somebody listens again where our kernel died: its successor, if the key is the same."""
@@ -787,17 +854,24 @@ class Client:
         self.died = None
         if self.process is None:
             self._watch_process()
+        self._tell("alive")
+
+    def _tell(self, state: str) -> None:
         for watcher in self._watchers:
-            self._call(watcher, "alive")
+            self._call(watcher, state)
+
+    def _fail(self, pending: Pending, error: Exception) -> None:
+        self._forget(pending)
+        pending._fail(error)
 
     def _fail_all(self, error: Exception) -> None:
         for pending in list(self._table.values()):
-            self._forget(pending)
-            pending._fail(error)
+            self._fail(pending, error)
 
     def _end(self, error: BaseException | None) -> None:
         self._is_closed = True
         self._unwatch_process()
+        self._link.close()
         if error is None:
             self._fail_all(ConnectionAbortedError("the client was closed while this request was waiting"))
             return
@@ -815,6 +889,9 @@ class Client:
     def _diagnose(self, control: Pending | None, timeout: float) -> NotReady:
         """The cause, from what was and was not heard, and from a look at each address."""
         waited = "within %g s" % timeout
+        if self._channels.link == "unauthorised":
+            return NotReady("unauthorised", "the kernel at %s does not let in this key: have it authorised there"
+                                            % self.address)
         if self._channels.bad_signatures and not self._sees_output:
             return NotReady("key", "the kernel signs with another key than the connection file's: is the file from "
                                    "an earlier kernel at the same address?")
@@ -822,7 +899,7 @@ class Client:
             return NotReady("output", "the kernel answers, but no output arrived from iopub at %s %s"
                                       % (self.info.url("iopub"), waited))
         for channel in connection.CHANNELS:
-            mechanism = _knock(self.info, channel)
+            mechanism = knock(self.info, channel)
             if isinstance(mechanism, NotReady):
                 return mechanism
             if mechanism is None:
@@ -871,7 +948,7 @@ def _fileno(descriptor: Any) -> int:
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
 
 
-def _knock(info: ConnectionInfo, channel: str) -> NotReady | str | None:
+def knock(info: ConnectionInfo, channel: str) -> NotReady | str | None:
     """Connect to one address as ZeroMQ would: why that fails, else its security mechanism, None if it is silent."""
     import socket
     url = info.url(channel)
@@ -882,7 +959,12 @@ def _knock(info: ConnectionInfo, channel: str) -> NotReady | str | None:
             sock.settimeout(0.5)
             sock.connect(url[len("ipc://"):])
         else:
-            sock = socket.create_connection((info.ip.strip("[]"), info.port(channel)), 1.0)
+            sock = socket.create_connection((info.ip.strip("[]"), info.port(channel)), CONNECT_SECONDS)
+    except TimeoutError:
+        return NotReady("blocked", "no answer from %s (%s): the machine is off, or a firewall or the network between "
+                                   "us keeps that port shut" % (url, channel))
+    except socket.gaierror as error:
+        return NotReady("refused", "no machine is called %s (%s)" % (info.ip, error.strerror))
     except OSError as error:
         return NotReady("refused", "nothing listens for %s at %s (%s): has the kernel ended?"
                         % (channel, url, error.strerror or error))

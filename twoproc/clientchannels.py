@@ -9,7 +9,9 @@ Sources: ZeroMQ RFC 28 (ROUTER, DEALER), RFC 29 (XPUB, SUB), the messaging speci
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import operator
 import os
 import queue
 import threading
@@ -26,14 +28,20 @@ from .session import Message, MessageError, Session, SignatureError
 logger = logging.getLogger(__name__)
 
 RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn
+HELLO = b"twoproc_hello"        # asked and answered before there is a key to sign with; see remote.py
 HEARTBEAT_SECONDS = 2.0         # so long until a stopped kernel is seen; a ping costs either side about 0.1 ms
-_LINK_EVENTS = {                # what the shell connection of a client may tell
+_LINK_EVENTS = {                # what a connection may tell
     "connected": zmq.EVENT_HANDSHAKE_SUCCEEDED,
     "disconnected": zmq.EVENT_DISCONNECTED,
     "refused": zmq.EVENT_CONNECT_RETRIED,
-    "rejected": (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-                 | zmq.EVENT_HANDSHAKE_FAILED_AUTH),
+    "rejected": zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,     # by what was said
+    "unauthorised": zmq.EVENT_HANDSHAKE_FAILED_AUTH,        # our key was understood, and is not wanted
 }
+_ALL_EVENTS = functools.reduce(operator.or_, _LINK_EVENTS.values())
+# With a network in between, in milliseconds.  A cut cable says nothing: a link is asked every 5 s, and 10 s without
+# an answer end it.  A connect without answer is tried anew, because the system would wait a minute for its next try.
+_REMOTE_OPTIONS = {zmq.HEARTBEAT_IVL: 5000, zmq.HEARTBEAT_TIMEOUT: 10_000, zmq.CONNECT_TIMEOUT: 5000,
+                   zmq.HANDSHAKE_IVL: 10_000}
 
 
 def curve_keypair() -> tuple[str, str]:
@@ -51,7 +59,8 @@ class ClientChannels:
     Four callbacks, all called on twoproc-client, none of which may wait for anything:
     on_messages(batch)   [(channel, Message), ...] that are verified.  Within a batch output comes first: a
                          kernel publishes what a cell printed before it asks for input or replies
-    on_link(event)       one of _LINK_EVENTS happened to the shell connection
+    on_link(event)       one of _LINK_EVENTS happened to the shell connection; where a network is in between, to any
+                         but the heartbeat: then "connected" says that all of them are, and iopub may come and go
     on_tick()            after every batch and whenever asked for: returns seconds until it wants to be called
                          again, None for no wish
     on_end(error)        the thread is about to end: None after `close`, else the exception that ended it
@@ -64,7 +73,7 @@ class ClientChannels:
         self.info = info
         self.session = session
         self.outbox = Mailbox()
-        self.link = ""                      # the latest event of the shell connection
+        self.link = ""                      # the latest event, see on_link
         self.bad_signatures = 0             # messages dropped because their signature is not ours
         self.bad_messages = 0               # and dropped for anything else that is wrong with them
         self.silent_since: float | None = None      # time.monotonic() of the oldest ping without an answer
@@ -73,16 +82,20 @@ class ClientChannels:
         self._heartbeat = heartbeat
         self._ping_at = time.monotonic() + heartbeat
         self._sockets: dict[str, zmq.Socket] = {}
-        self._channels: dict[Any, str] = {}         # socket -> channel, the monitor's is "link"
+        self._channels: dict[Any, str] = {}         # socket -> channel
+        self._monitors: dict[Any, str] = {}         # the monitor of a channel's socket -> that channel
+        self._connected: set[str] = set()           # channels, of those that have a monitor
         self._unsent: dict[str, deque] = {}         # what a full or refused connection has not taken yet
         self._descriptors: dict[int, Callable[[], None]] = {}
+        self._held: list[tuple] | None = None       # what is sent while the link is lost; see `reset`
         self._is_reading_output = True
         self._is_closing = False
         self._thread = own_thread("twoproc-client", self._run)
 
     # -- called by any thread
-    def send(self, channel: str, frames: list) -> None:
-        self._put((channel, frames))
+    def send(self, channel: str, frames: list, request: Any = None) -> None:
+        """request: by which `held` names it; not sent any more if it says is_done when its time comes."""
+        self._put((channel, frames, request))
 
     def call(self, function: Callable[[], None]) -> None:
         """Have twoproc-client call `function`, after everything sent before."""
@@ -101,14 +114,32 @@ class ClientChannels:
             self._thread.join(timeout)
 
     # -- called by the callbacks, on twoproc-client
-    def reset(self, is_urgent: bool) -> None:
+    def reset(self, is_urgent: bool, hold: bool = False) -> None:
         """Drop the connections with all that waits in them, and connect anew.
 
         A request that was on its way to a dead kernel must not be run by its successor.  is_urgent: look for
-        a listener every 5 ms; else the address is dead, and every second is often enough.
+        a listener every 5 ms; else the address is dead, and every second is often enough.  hold: keep what is
+        given to `send` from now on, until `release`.
         """
+        self._held = (self._held or []) if hold else None
         self._close_sockets(linger=0)
         self._open(is_urgent)
+
+    @property
+    def held(self) -> list:
+        return [request for _, _, request in self._held or ()]
+
+    def release(self) -> None:
+        """Send what was held, in its order."""
+        held, self._held = self._held or [], None
+        for channel, frames, request in held:
+            if request is None or not request.is_done:
+                self.send_at_once(channel, frames)
+
+    def send_at_once(self, channel: str, frames: list) -> None:
+        if self._unsent[channel] or not self._send(channel, frames):
+            self._unsent[channel].append(frames)
+            self._poller.modify(self._sockets[channel], zmq.POLLIN | zmq.POLLOUT)
 
     def watch(self, descriptor: int, on_readable: Callable[[], None]) -> None:
         """Call `on_readable` once, when `descriptor` becomes readable."""
@@ -163,23 +194,28 @@ class ClientChannels:
             sock.setsockopt(zmq.RECONNECT_IVL_MAX, 0 if is_urgent else 1000)
             if channel == "hb":
                 sock.setsockopt(zmq.SNDHWM, 2)      # pings for a dead kernel are not kept for its successor
+            if info.is_remote:
+                for option, value in _REMOTE_OPTIONS.items():
+                    sock.setsockopt(option, value)
+            sock.setsockopt(zmq.IPV6, info.transport == "tcp" and ":" in info.ip)
             if info.curve_publickey:
-                # As stock Jupyter clients do, the client shows the kernel's own key pair; a connection file
-                # without the secret half is served by kernels that ask for no particular client.
+                # Who has no pair of its own does as stock Jupyter clients and shows the kernel's; a connection
+                # file without the secret half is served by kernels that ask for no particular client.
                 sock.curve_serverkey = info.curve_publickey
                 sock.curve_publickey, sock.curve_secretkey = (
+                    (info.client_publickey, info.client_secretkey) if info.client_secretkey else
                     (info.curve_publickey, info.curve_secretkey) if info.curve_secretkey else zmq.curve_keypair())
             if channel == "iopub":
                 sock.setsockopt(zmq.SUBSCRIBE, b"")
             elif channel != "hb":
                 sock.setsockopt(zmq.IDENTITY, identity)
-            if channel == "shell":
-                events = 0
-                for mask in _LINK_EVENTS.values():
-                    events |= mask
-                monitor = self._sockets["link"] = sock.get_monitor_socket(events)
+            if channel == "shell" or info.is_remote and channel != "hb":
+                monitor = sock.get_monitor_socket(_ALL_EVENTS)
                 monitor.linger = 0
+                self._monitors[monitor] = channel
+                self._poller.register(monitor, zmq.POLLIN)
             sock.connect(info.url(channel))
+        self._connected.clear()
         for channel, sock in self._sockets.items():
             self._channels[sock] = channel
             self._unsent[channel] = deque()
@@ -188,24 +224,27 @@ class ClientChannels:
         self.silent_since = None
 
     def _close_sockets(self, linger: int) -> None:
-        if "shell" in self._sockets:
-            self._sockets["shell"].disable_monitor()
-        for sock in self._channels:
+        for channel in self._monitors.values():
+            self._sockets[channel].disable_monitor()
+        for sock in (*self._channels, *self._monitors):
             self._poller.unregister(sock)
-        for sock in self._sockets.values():
+        for sock in (*self._sockets.values(), *self._monitors):
             sock.close(linger)
         self._sockets.clear()
         self._channels.clear()
+        self._monitors.clear()
 
     def _close_soon(self) -> None:
         self._is_closing = True
 
     def _turn(self) -> None:
         """Wait for something to happen, and do what it asks for."""
-        readable = set()
+        readable, links = set(), []
         for ready, event in self._poller.poll(self._poll_milliseconds()):
             if ready is self.outbox or ready == self.outbox.fileno():
                 self.outbox.silence()
+            elif ready in self._monitors:
+                links.append(ready)
             elif ready in self._channels:
                 channel = self._channels[ready]
                 if event & zmq.POLLOUT:
@@ -217,6 +256,8 @@ class ClientChannels:
                 self.unwatch(ready)
                 on_readable()
         self._drain()
+        for monitor in links:
+            self._read_link(monitor)
         self._receive(readable)
         if self._heartbeat:
             self._beat()
@@ -238,10 +279,10 @@ class ClientChannels:
             if type(item) is not tuple:
                 item()
                 continue
-            channel, frames = item
-            if self._unsent[channel] or not self._send(channel, frames):
-                self._unsent[channel].append(frames)
-                self._poller.modify(self._sockets[channel], zmq.POLLIN | zmq.POLLOUT)
+            if self._held is not None:
+                self._held.append(item)
+            else:
+                self.send_at_once(*item[:2])
 
     def _send(self, channel: str, frames: list) -> bool:
         """False when the connection takes nothing now: never wait here, a refused handshake lasts for ever."""
@@ -259,8 +300,6 @@ class ClientChannels:
             self._poller.modify(self._sockets[channel], zmq.POLLIN)
 
     def _receive(self, readable: set) -> None:
-        if "link" in readable:
-            self._read_link()
         if "hb" in readable and "hb" in self._sockets:
             self._read_heartbeat()
         batch: list = []
@@ -286,18 +325,30 @@ class ClientChannels:
                 self.bad_messages += 1
                 logger.debug("%s: %s", channel, error)
 
-    def _read_link(self) -> None:
-        monitor = self._sockets.get("link")
-        while monitor is not None and monitor is self._sockets.get("link"):   # on_link may have reset us
+    def _read_link(self, monitor: Any) -> None:
+        while channel := self._monitors.get(monitor):       # on_link may have reset us
             try:
                 frames = monitor.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             number = memoryview(frames[0][:2]).cast("H")[0]
-            for event, mask in _LINK_EVENTS.items():
-                if number & mask:
-                    self.link = event
-                    self._on_link(event)
+            event = next((event for event, mask in _LINK_EVENTS.items() if number & mask), "")
+            was_connected = channel in self._connected
+            if event == "connected":
+                self._connected.add(channel)
+                if len(self._connected) < len(self._monitors):
+                    continue
+            elif event:
+                self._connected.discard(channel)
+            if event == "disconnected" and self.info.is_remote:
+                # A try that failed has its own event.  And a kernel cuts its readers when it withdraws a key; the
+                # honest ones come back by themselves.
+                if channel == "iopub" or not was_connected:
+                    continue
+                self._receive(set(self._sockets) - {"hb"})      # what has arrived before the cut, for we drop it next
+            if event:
+                self.link = event
+                self._on_link(event)
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -359,3 +410,36 @@ def ask_all(questions: list[tuple[ConnectionInfo, str]], timeout: float) -> list
         for sock in open_questions:
             sock.close()
     return list(zip(beats, replies))
+
+
+def hello(url: str, server_key: bytes, pair: tuple[bytes, bytes], timeout: float) -> tuple[bytes | None, str]:
+    """Say hello on the control address of a kernel on another machine, and wait for the answer.
+
+    Returns the answer, a JSON object, or None; and the latest event of _LINK_EVENTS, "" if there was none.
+    Called by any thread: its sockets live as long as the call.
+    """
+    deadline = time.monotonic() + timeout
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        sock.linger = 0
+        sock.setsockopt(zmq.IPV6, url.startswith("tcp://["))
+        sock.curve_serverkey = server_key
+        sock.curve_publickey, sock.curve_secretkey = pair
+        monitor, event = sock.get_monitor_socket(_ALL_EVENTS), ""
+        try:
+            sock.connect(url)
+            sock.send(HELLO, zmq.NOBLOCK)       # kept until the handshake is done
+            poller = zmq.Poller()
+            poller.register(sock, zmq.POLLIN)
+            poller.register(monitor, zmq.POLLIN)
+            while (left := deadline - time.monotonic()) > 0 and event not in ("rejected", "unauthorised"):
+                for ready, _ in poller.poll(int(left * 1000) + 1):
+                    frames = ready.recv_multipart()
+                    if ready is sock and frames[0] == HELLO and len(frames) == 2:
+                        return frames[1], "connected"
+                    if ready is monitor:
+                        number = memoryview(frames[0][:2]).cast("H")[0]
+                        event = next((name for name, mask in _LINK_EVENTS.items() if number & mask), event)
+            return None, event
+        finally:
+            sock.disable_monitor()
+            monitor.close(0)

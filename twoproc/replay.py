@@ -176,6 +176,13 @@ class InOrder:
             self._ask()
         self._client._read_output()
 
+    def ask_again(self) -> None:
+        """The connection was cut, and with it went the question, or its answer."""
+        if self._question is not None:
+            self._question.cancel()
+            self._question = None
+            self.go_on()
+
     def tick(self) -> None:
         """Called at least once a second."""
         if self._question is None:
@@ -330,7 +337,7 @@ class Follower:
                 page = read_log(reply)
                 if page.session:        # else it could not write one: what is live is all there is
                     self._page, self._kernel = page, reply.header["session"]
-        except (TimeoutError, KernelDied):
+        except (TimeoutError, KernelDied, ConnectionError):
             pass        # then without it
         self._client._channels.call(self._begin)
         self._is_delivered.wait(self._timeout)

@@ -81,6 +81,8 @@ MESSAGES: dict[str, MessageType] = {
         "max_bytes": Field(int, 1 << 20)}),
     # ours: what `--list` says of a kernel; answered without busy and idle
     "twoproc_status_request": MessageType(("control",), "twoproc_status_reply", {}),
+    # ours: what became of my cells?  By a client whose connection was cut
+    "twoproc_resume_request": MessageType(("shell",), "twoproc_resume_reply", {"msg_ids": Field(list)}),
     # comms: no reply, either direction
     "comm_open": MessageType(("shell", "iopub"), None, {**_COMM, "target_name": Field(str)}),
     "comm_msg": MessageType(("shell", "iopub"), None, _COMM),
@@ -100,6 +102,7 @@ MESSAGES: dict[str, MessageType] = {
     "interrupt_reply": MessageType(("control",)),
     "shutdown_reply": MessageType(("control", "shell", "iopub")),
     "twoproc_log_reply": MessageType(("control",)),
+    "twoproc_resume_reply": MessageType(("shell",)),
     "twoproc_status_reply": MessageType(("control",)),
     # published by the kernel to everybody
     "status": MessageType(("iopub",)),

@@ -1,0 +1,82 @@
+# Distributed under the terms of the BSD 3-Clause License.
+"""What became of the cells that clients sent, for a client whose connection was cut and that comes back.
+
+Such a client has a new routing identity, and does not know which of its requests and replies were lost on the way.
+It asks with twoproc_resume_request; what is remembered here decides what it hears (docs/protocol.md), and where
+replies and questions to it go from now on.
+
+No thread: twoproc-io notes and looks up, main notes replies, each by single operations on a dict.
+"""
+from __future__ import annotations
+
+from .session import Message
+
+MAX_CELLS = 2000                # remembered; of these
+MAX_REPLIES = 200               # with their reply, together at most
+MAX_BYTES = 4 << 20
+
+
+class Cell:
+    """One cell: who sent it, where its replies go, and its reply once it has ended."""
+
+    def __init__(self, message: Message):
+        self.header_bytes = message.header_bytes
+        self.identities = message.identities
+        self.is_done = False
+        self.reply: bytes | None = None         # the content; None: not yet, or no longer kept
+
+
+def _name(message: Message, msg_id: str) -> tuple:
+    """A msg_id stands on iopub for all to see: it names a cell only together with the key and session it came from."""
+    return message.user, message.header.get("session"), msg_id
+
+
+class Replies:
+    """The latest cells."""
+
+    def __init__(self) -> None:
+        self._cells: dict[tuple, Cell] = {}
+        self._is_whole = True           # nothing was forgotten: who is not here was never here
+        self._kept: list[Cell] = []     # with a reply, oldest first
+
+    # -- run by twoproc-io
+    def note_request(self, message: Message) -> None:
+        self._cells[_name(message, message.msg_id)] = Cell(message)
+        if len(self._cells) > MAX_CELLS:
+            del self._cells[next(iter(self._cells))]
+            self._is_whole = False
+
+    def resume(self, asker: Message, msg_ids: list) -> tuple[list[str], list[str], list[Cell]]:
+        """Send to this client from now on what its cells have to say.
+
+        Returns the msg_ids that were never here, those that have ended and whose reply is no longer kept, and the
+        cells with a reply.
+        """
+        unknown, forgotten, ended = [], [], []
+        for msg_id in msg_ids:
+            cell = self._cells.get(_name(asker, str(msg_id)))
+            if cell is None:
+                (unknown if self._is_whole else forgotten).append(msg_id)
+                continue
+            cell.identities = asker.identities      # first: what main sends after this look goes there
+            if cell.reply is not None:
+                ended.append(cell)
+            elif cell.is_done:
+                forgotten.append(msg_id)
+        return unknown, forgotten, ended
+
+    # -- run by any thread
+    def note_reply(self, message: Message, content: bytes) -> None:
+        """Before it is sent: see `resume`."""
+        cell = self._cells.get(_name(message, message.msg_id))
+        if cell is None or cell.is_done:
+            return
+        cell.reply, cell.is_done = content, True
+        self._kept.append(cell)
+        while len(self._kept) > MAX_REPLIES or sum(len(cell.reply or b"") for cell in self._kept) > MAX_BYTES:
+            self._kept.pop(0).reply = None
+
+    def route(self, message: Message) -> list[bytes]:
+        """The identities of the client that sent this cell, as they are now."""
+        cell = self._cells.get(_name(message, message.msg_id))
+        return message.identities if cell is None else cell.identities
