@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from .wire import MissedError, Peer, Subject, now
+from .wire import Listener, MissedError, Peer, Subject, now
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SPIN = "import time; _end = time.time() + {}\nwhile time.time() < _end: pass"
@@ -53,6 +53,14 @@ FIGURES = {
     "session log: cost of a cell": ("us", "60 us"),
     "last 20 cells, after 10": ("ms", "500 ms"),
     "last 20 cells, after 60 MB": ("ms", "500 ms"),
+    "pass, by ipc": ("us", None),
+    "pass, by tcp": ("us", None),
+    "pass, by tcp with CURVE": ("us", None),
+    "pass: CURVE to plain tcp": ("x", "x1.5"),
+    "1 MB printed, by ipc": ("ms", None),
+    "1 MB printed, by tcp": ("ms", None),
+    "1 MB printed, by tcp with CURVE": ("ms", None),
+    "1 MB printed: CURVE to plain tcp": ("x", "x1.5"),
 }
 SCALES = {"ms": 1e3, "us": 1e6}
 MORE_IS_BETTER = {"queued cells"}
@@ -224,8 +232,7 @@ def orphan(kernel, size):
 def session_log(kernel, size):
     """What the log costs, beside the same kernel without it; and what a client that joins has to wait."""
     restart(kernel)
-    info = kernel.peer.ask("kernel_info_request", channel="control").reply
-    if "twoproc log" not in info.get("supported_features", ()):
+    if not speaks_twoproc(kernel):
         return
     without = Subject(kernel.name + "-without-log", [*kernel.argv, "--set", "recovery.log=no"], kernel.folder,
                       kernel.transport)
@@ -282,7 +289,42 @@ def join(kernel, cells):
         peer.close()
 
 
-SECTIONS = (start, idle, round_trips, queue, busy, output, interrupt, shutdown, shutdown_busy, orphan, session_log)
+def curve(kernel, size):
+    """What it costs to come from another machine: the same cells by turns of three kernels that differ in nothing else.
+
+    The third listens: CURVE, a key that is asked for at every connection, and rights at every message.
+    """
+    if not speaks_twoproc(kernel):
+        return
+    subjects = {"ipc": Subject(kernel.name + "-ipc", kernel.argv, kernel.folder, "ipc"),
+                "tcp": Subject(kernel.name + "-tcp", kernel.argv, kernel.folder, "tcp"),
+                "tcp with CURVE": Listener(kernel.name + "-curve", kernel.argv, kernel.folder)}
+    try:
+        for subject in subjects.values():
+            subject.start()
+        for what, code, turns in (("pass", "pass", 50 * size), ("1 MB printed", "print('x' * 1_000_000)", 5 * size)):
+            times = {way: [] for way in subjects}
+            for number in range(turns + 2):
+                for way in list(subjects) if number % 2 else list(subjects)[::-1]:
+                    found = [subjects[way].peer.execute(code, silent=what == "pass").done_at for _ in range(10)]
+                    times[way] += found if number > 1 else []      # after two turns to get warm
+            middle = {way: statistics.median(found) for way, found in times.items()}
+            for way, seconds in middle.items():
+                yield f"{what}, by {way}", seconds
+            yield f"{what}: CURVE to plain tcp", middle["tcp with CURVE"] / middle["tcp"]
+    finally:
+        for subject in subjects.values():
+            subject.stop()
+
+
+def speaks_twoproc(kernel):
+    if kernel.process is None or kernel.process.poll() is not None:
+        restart(kernel)
+    info = kernel.peer.ask("kernel_info_request", channel="control").reply
+    return "twoproc log" in info.get("supported_features", ())
+
+
+SECTIONS = (start, idle, round_trips, queue, busy, output, interrupt, shutdown, shutdown_busy, orphan, session_log, curve)
 
 
 def restart(kernel):

@@ -16,6 +16,7 @@ import time
 import uuid
 
 import zmq
+import zmq.utils.z85
 
 DELIMITER = b"<IDS|MSG>"
 CHANNELS = {"shell": zmq.DEALER, "control": zmq.DEALER, "stdin": zmq.DEALER, "iopub": zmq.SUB}
@@ -51,6 +52,8 @@ class Peer:
             link.linger = 0
             link.rcvhwm = 0             # we lose nothing: what is missing, the kernel lost
             link.reconnect_ivl = 5      # ms; zmq's own 100 would hide most of a quick start
+            if "curve" in info:
+                link.curve_serverkey, link.curve_publickey, link.curve_secretkey = info["curve"]
             if kind == zmq.SUB:
                 link.subscribe(b"")
             else:
@@ -227,3 +230,38 @@ class Subject:
     def log(self):
         with open(os.path.join(self.folder, self.name + ".log"), errors="replace") as file:
             return file.read()[-500:]
+
+
+class Listener(Subject):
+    """A kernel of twoproc that listens to other machines, and a client that comes as one of its users: by CURVE."""
+
+    def start(self):
+        folder = os.path.join(self.env["HOME"], ".config", "twoproc")
+        if not os.path.exists(os.path.join(folder, "host_key")):        # from the round before
+            subprocess.run([self.argv[0], "-m", "twoproc.keys", "new", "--host"], env=self.env, cwd=self.folder,
+                           check=True, stdout=subprocess.DEVNULL)
+        public, secret = zmq.curve_keypair()
+        keys = os.path.join(folder, "authorized_keys")
+        with open(os.open(keys, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(f"run {zmq.utils.z85.decode(public).hex()} bench\n")
+        path = os.path.join(self.folder, f"kernel-{uuid.uuid4().hex[:8]}.json")
+        argv = [word.replace("{connection_file}", path) for word in self.argv]
+        with open(os.path.join(self.folder, self.name + ".log"), "ab") as log:
+            self.process = subprocess.Popen(
+                [*argv, "--listen", "127.0.0.1", "--set", f"limits.requests_per_second={10**6}"], cwd=self.folder,
+                env={**self.env, "JPY_PARENT_PID": str(os.getpid())}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True)
+        self.pid = self.process.pid
+        while not os.path.exists(path):         # its own client says hello for the key; we may read the file
+            if self.process.poll() is not None:
+                raise MissedError(f"it does not listen: {self.log()}")
+            time.sleep(0.01)
+        with open(path) as file:
+            info = json.load(file)
+        first = int(info["twoproc_listen"].rpartition(":")[2])
+        channels = ("shell", "iopub", "stdin", "control", "hb")
+        self.info = {"transport": "tcp", "ip": "127.0.0.1", "key": info["key"],
+                     "curve": (info["curve_publickey"].encode(), public, secret),
+                     **{f"{channel}_port": first + at for at, channel in enumerate(channels)}}
+        self.peer = Peer(self.info)
+        self.peer.wait_ready()
