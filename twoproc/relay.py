@@ -478,7 +478,7 @@ def main(argv: list[str] | None = None) -> int:
         return serve(reach(arguments.target, settings), arguments.name, settings)
     except (config.ConfigError, ConnectionFileError, NotReady, Gone) as error:
         tell(str(error))
-        return getattr(error, "exit_code", 1)
+        return getattr(error, "exit_code", 2)
 
 
 def tell(text: str) -> None:
