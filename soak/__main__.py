@@ -44,6 +44,8 @@ CAMPAIGNS = {
                ["test_messages_faults.Replays", "test_messages_faults.ReplaysWithAShortMemory"]),
     "flood": (1, "junk without a key for 10 s on each socket",
               ["test_messages_faults.Floods"]),
+    "hosts": (4, "two hosts, and a cable that is unplugged for a minute",
+              ["test_two_hosts"]),
     "fuzz": (11, "valid messages, mutated, for ten minutes on every socket",
              ["test_messages_faults.Fuzz"]),
 }
