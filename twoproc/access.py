@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import json
 import logging
 import os
@@ -94,13 +93,16 @@ class Key(NamedTuple):
     line: int = 0
 
     def is_from(self, address: str) -> bool:
+        if not self.sources:
+            return True
+        import ipaddress        # here and below: 1 ms that the start of a kernel on ipc does not pay
         try:
             source: Any = ipaddress.ip_address(address.strip("[]").partition("%")[0])
         except ValueError:
-            return not self.sources
+            return False
         # ::ffff:10.0.0.1 is how a socket for both protocols sees 10.0.0.1.
         forms = (source, getattr(source, "ipv4_mapped", None))
-        return not self.sources or any(form in network for form in forms if form for network in self.sources)
+        return any(form in network for form in forms if form for network in self.sources)
 
     def __str__(self) -> str:
         words = [self.rights, self.key, self.name]
@@ -131,6 +133,7 @@ def parse_line(text: str, number: int = 0) -> Key | None:
         option, _, value = word.partition("=")
         try:
             if option == "from" and "sources" not in options:
+                import ipaddress
                 options["sources"] = tuple(map(ipaddress.ip_network, value.split(",")))
             elif option == "expires" and "expires" not in options:
                 options["expires"] = date(*map(int, re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)", value).groups()))
