@@ -31,7 +31,7 @@ import zmq
 
 from .access import Access
 from .admission import LOCAL, Admission
-from .connection import CHANNELS, ConnectionFileError, ConnectionInfo, address, is_dead_socket
+from .connection import CHANNELS, ConnectionFileError, ConnectionInfo, address, is_dead_socket, remove_sockets
 from .mailbox import Mailbox, own_thread
 from .session import BadMessage, MalformedMessage, Message, MessageError, Session, encode, seal
 
@@ -83,7 +83,10 @@ class Text(NamedTuple):
 MAX_QUEUED_REQUESTS = 10_000    # beyond it shell is left unread, and ZeroMQ makes the sender wait
 MAX_IDENTITIES = 10_000         # of clients, remembered with the key of each
 HELLO = b"twoproc_hello"        # what a client on another machine says first, and the beginning of the answer
-RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn
+RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn,
+RECEIVE_SECONDS = 0.02          # and for so long: the signature of 60 MB takes as long as that of 60,000 words
+MAX_SUBSCRIPTIONS = 10_000      # to iopub, and
+MAX_TOPICS = 1 << 20            # bytes in their topics, each of which ZeroMQ keeps in about 50; see _welcome
 EXIT_FAULT = 70                 # the exit status after a fault of ours
 DRAIN_SECONDS = 0.02            # of sending before the sockets get their turn
 SETTLE_SECONDS = 0.25           # between two looks at a reader that was given up
@@ -132,13 +135,16 @@ class KernelChannels:
         self.may_not_wait: Callable[[], bool] = lambda: False   # the calling thread, for room in the outbox
         self.busy_parent: bytes | None = None       # the running cell's header; see _settle
         self.subscribers = 0                        # subscriptions to iopub: one for each usual client
+        self._topics = 0                            # the bytes of their topics
+        self._flood_at = 0.0                        # when there were too many of them; see _welcome
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket] = {}
         self._socket_files: list[str] = []
         self._admission = None if access is None else Admission(
             self._context, access, self._cut_readers_soon, listen.max_connections if listen else 0)
         self._owners: dict[bytes, str] = {}         # identity -> the key that used it first; see _owner_of
-        self._is_to_cut = self._is_cut = False      # somebody lost the right to read iopub; its port is closed
+        self._is_to_cut = False                     # somebody lost the right to read iopub
+        self._cut: list[str] = []                   # where it is not yet bound again after that
         try:
             for channel, kind in (("shell", zmq.ROUTER), ("control", zmq.ROUTER), ("stdin", zmq.ROUTER),
                                   ("iopub", zmq.XPUB), ("hb", zmq.ROUTER)):
@@ -178,15 +184,19 @@ class KernelChannels:
             sock.setsockopt(zmq.HEARTBEAT_IVL, 5000)
             sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15_000)
             sock.setsockopt(zmq.IPV6, ":" in self.listen.host)
-        # A peer without a key reaches this far: what is larger costs it the connection and us no memory.
-        sock.setsockopt(zmq.MAXMSGSIZE, 1024 if channel == "hb" else self.limits.max_frame)
+        # A peer without a key reaches this far: what is larger costs it the connection and us no memory. To iopub
+        # nothing is said but topics; ZeroMQ took 6 GB for one of 60 MB.
+        sock.setsockopt(zmq.MAXMSGSIZE, 1024 if channel in ("hb", "iopub") else self.limits.max_frame)
+        # What waits in a socket of ours is a message each, of any size: 1000 of them, ZeroMQ's default, took 800 MB
+        # of a stranger's junk. A sender who is not read fast enough waits; his own socket has his other messages.
+        sock.setsockopt(zmq.RCVHWM, 10)
         if channel == "iopub":
             sock.setsockopt(zmq.SNDHWM, self.limits.iopub_queue)
             sock.setsockopt(zmq.XPUB_NODROP, 1)
             sock.setsockopt(zmq.XPUB_VERBOSER, 1)   # each subscriber is seen to come and go, not each topic
         else:
             # Replies that a client has yet to read; one from elsewhere may ask for many and read none.
-            sock.setsockopt(zmq.SNDHWM, 100_000 if self.listen is None else 10_000)
+            sock.setsockopt(zmq.SNDHWM, 100 if channel == "hb" else 100_000 if self.listen is None else 10_000)
         if info.curve_secretkey and info.curve_publickey:
             sock.curve_server = True
             sock.curve_secretkey, sock.curve_publickey = info.curve_secretkey, info.curve_publickey
@@ -321,7 +331,9 @@ class KernelChannels:
 
     def receive_shell(self) -> None:
         """Take in everything that shell has received by now, without answering anything yet."""
-        while self._receive("shell"):
+        until = time.monotonic() + 0.5      # a stranger's junk may come without end
+        # 5 ms: of a queue of cells ten are in the socket, and ZeroMQ is about to fetch the next.
+        while (self._receive("shell") or self._sockets["shell"].poll(5)) and time.monotonic() < until:
             pass
 
     # -- run by twoproc-io only
@@ -380,10 +392,13 @@ class KernelChannels:
         return int(min(known) * 1000) + 1 if known else None
 
     def _receive(self, channel: str) -> bool:
-        """Take in up to RECEIVE_AT_ONCE messages; False when there were fewer."""
+        """Take in what there is, within RECEIVE_AT_ONCE and RECEIVE_SECONDS; False when that was all."""
         sock = self._sockets[channel]
+        until = time.monotonic() + RECEIVE_SECONDS
         user = ""
         for _ in range(RECEIVE_AT_ONCE):
+            if time.monotonic() > until:
+                break
             try:
                 if self.listen is None or channel == "iopub":
                     frames = sock.recv_multipart(zmq.NOBLOCK)
@@ -426,21 +441,25 @@ class KernelChannels:
             del self._owners[next(iter(self._owners))]
 
     def _cut_readers(self) -> None:
-        """Somebody's key was withdrawn: cut everybody who reads iopub from elsewhere; the others come back at once.
+        """Somebody's key was withdrawn: cut everybody who reads iopub by tcp; the others come back at once.
 
         ZeroMQ asks for a key when a connection is made and never again, and no single one can be cut.  Who comes
         back has missed some messages, sees that by their numbers, and gets them from the session log.
         """
-        assert self.listen is not None and self.listening is not None
-        url = address(self.listen.host, self.listening + CHANNELS.index("iopub"))
         iopub = self._sockets["iopub"]
-        if not self._is_cut:
-            with contextlib.suppress(zmq.ZMQError):
-                iopub.unbind(url)
-            self._is_cut = True
-        with contextlib.suppress(zmq.ZMQError):     # the port may still be closing: tried again
-            iopub.bind(url)
-            self._is_to_cut = self._is_cut = False
+        if not self._cut:
+            if self.listen is not None and self.listening is not None:
+                self._cut.append(address(self.listen.host, self.listening + CHANNELS.index("iopub")))
+            if self.info.transport == "tcp":
+                self._cut.append(self.info.url("iopub"))
+            for url in self._cut:
+                with contextlib.suppress(zmq.ZMQError):
+                    iopub.unbind(url)
+        with contextlib.suppress(zmq.ZMQError):     # a port may still be closing: tried again
+            while self._cut:
+                iopub.bind(self._cut[-1])
+                self._cut.pop()
+            self._is_to_cut = False
 
     def _remote_ports(self) -> range:
         return range(self.listening, self.listening + len(CHANNELS)) if self.listening else range(0)
@@ -449,8 +468,19 @@ class KernelChannels:
         """A subscription came (1 and the topic) or went (0): JEP 65, iopub_welcome."""
         if frame[:1] == b"\x00":
             self.subscribers -= 1
+            self._topics -= len(frame)
         elif frame[:1] == b"\x01":
             self.subscribers += 1
+            self._topics += len(frame)
+            if self.subscribers > MAX_SUBSCRIPTIONS or self._topics > MAX_TOPICS:
+                # Somebody subscribes without end, 80 MB a second; ZeroMQ does not say who. Whoever is honest is back
+                # in a moment. Once a second: that one may come back as well.
+                logger.warning("iopub: more than %d subscriptions, or %d bytes of topics: all who read it by tcp are "
+                               "cut", MAX_SUBSCRIPTIONS, MAX_TOPICS)
+                if time.monotonic() > self._flood_at:
+                    self._flood_at = time.monotonic() + 1.0
+                    self._is_to_cut = True
+                return
             topic = frame[1:]
             content = encode({"subscription": topic.decode("utf-8", "replace")})
             # By way of the outbox's front: there may be a head that waits for another reader.
