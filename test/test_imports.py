@@ -46,7 +46,7 @@ ROOMS = {
     "launcher": ("connection client crashlog", ""),
     "relay": ("channels client config connection remote session", "zmq"),
     "start": ("connection config launcher ssh client death", ""),
-    "ssh": ("connection", ""),
+    "ssh": ("connection client", ""),
     "death": ("crashlog recovery connection client", ""),
     "cells": ("", ""),
     "painter": ("session screen", ""),

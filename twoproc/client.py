@@ -69,7 +69,7 @@ class KernelDied(Exception):
     """The kernel is gone, and with it the answer.  cause: what ended it, as text to show."""
 
     def __init__(self, cause: str):
-        super().__init__("kernel died: " + cause)
+        super().__init__(("kernel " if cause.startswith("out of reach") else "kernel died: ") + cause)
         self.cause = cause
 
 

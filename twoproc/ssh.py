@@ -22,7 +22,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -48,11 +47,12 @@ _SPECIAL = re.compile(r"[%$:\\]")           # what ssh reads as its own in the n
 
 
 class SshError(ConnectionFileError):
-    """ssh, or the program on the far side, failed.  is_final: it would again, until the user does something."""
+    """ssh failed.  verdict: "gone", the far side says that there is no such kernel; "stuck", it would fail again until
+    the user does something; "again"."""
 
-    def __init__(self, text: str, exit_code: int = 2, is_final: bool = True):
+    def __init__(self, text: str, exit_code: int = 2, verdict: str = "stuck"):
         super().__init__(text, exit_code)
-        self.is_final = is_final
+        self.verdict = verdict
 
 
 def parse_destination(text: str) -> tuple[list[str], str]:
@@ -99,6 +99,8 @@ class Tunnel:
             self.close()
             if isinstance(error, KeyboardInterrupt):
                 raise SshError(f"ssh to {destination}: interrupted", 130) from None
+            if isinstance(error, FileNotFoundError):
+                raise SshError("--ssh: there is no program called ssh here; install OpenSSH's client") from None
             raise
         finally:
             signal.signal(signal.SIGINT, before)
@@ -139,10 +141,15 @@ class Tunnel:
         while line and not line.startswith(b"{"):   # a login script may print something before
             line = self._process.stdout.readline(connection.FILE_LIMIT)
         if not line:
-            raise self._failure(is_first)
+            said = self._end_process(patience=2.0)
+            status = self._process.returncode       # ssh's own is 255; the user has heard what the first one wrote
+            raise SshError(f"ssh to {self.destination}: " + (f"exit status {status}" if is_first else said),
+                           UNTRUSTED if "Host key verification" in said else status if 2 <= status <= 6 else 2,
+                           "gone" if 2 <= status <= 6 else "again" if (status < 0 or status == 255)
+                           and not HOPELESS.search(said) else "stuck")
         there = connection.parse_connection_file(line, f"the connection file on {self._host}")
         if self.info is not None and there.key != self.info.key:
-            raise SshError(f"ssh to {self.destination}: the kernel is gone, another has its name")
+            raise SshError("another kernel has its name", verdict="gone")
         path = str(there.extra.get("twoproc_file"))
         self._words = [f"--print-connection={path}"]
         # Shown at a terminal, and part of a command line that is shown there.
@@ -159,34 +166,32 @@ class Tunnel:
         # Without the user's configuration, which may forward other things as well.
         added = subprocess.run(["ssh", "-F", os.devnull, "-S", control, "-O", "forward", *forwards, "--", self._host],
                                stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True)
-        if added.returncode or not _is_open(here.ipc_paths()[CHANNELS.index("control")]):
-            said = added.stderr.decode(errors="replace").strip() or "; ".join(self._errors)
-            raise SshError(f"ssh to {self.destination}: the kernel's sockets cannot be reached through it: {said}")
+        from .client import NotReady, knock         # here: who is refused need not wait for ZeroMQ
+        if added.returncode or isinstance(knock(here, "control"), NotReady):
+            said = self._end_process(patience=0.5, is_about_sockets=True)
+            said = _printable(added.stderr) or said
+            raise SshError(f"ssh to {self.destination}: the kernel's sockets cannot be reached through it: {said}",
+                           verdict="stuck" if self._was_ended else "again")
         self.info = self.info or here
 
-    def _failure(self, is_first: bool) -> SshError:
-        """Why ssh ended before it had the file; to the first one's stderr the user has been listening."""
-        said = self._end_process(patience=2.0)
-        status = self._process.returncode
-        return SshError(f"ssh to {self.destination}: " + (f"exit status {status}" if is_first else said),
-                        UNTRUSTED if "Host key verification" in said else status if 2 <= status <= 6 else 2,
-                        is_final=0 <= status < 255 or HOPELESS.search(said) is not None)
-
-    def _end_process(self, patience: float = 0.0) -> str:
+    def _end_process(self, patience: float = 0.0, is_about_sockets: bool = False) -> str:
         """End it if it does not end by itself; the last that it wrote, or its exit status."""
         process = self._process
         if process is None:
             return ""
+        self._was_ended = False
         for seconds, end in (patience, process.terminate), (1.0, process.kill), (1.0, process.poll):
             try:
                 process.wait(seconds)
                 break
             except subprocess.TimeoutExpired:
+                self._was_ended = True
                 end()
         with contextlib.suppress(OSError):
             process.stdin.close()
         self._reader.join(0.5)
-        said = [line for line in self._errors if not line.startswith("channel ")]   # of a dead kernel's socket
+        # A socket that leads nowhere is mostly that of a dead kernel.
+        said = [line for line in self._errors if is_about_sockets or not line.startswith("channel ")]
         status = process.returncode or 0
         return said[-1] if said else signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
@@ -210,7 +215,7 @@ class Tunnel:
     def _run(self) -> None:
         self._attending.wait()
         while not self._closing.is_set():
-            for line in self._process.stdout:
+            for line in iter(lambda: self._process.stdout.readline(4096), b""):
                 if line.startswith(b"ended "):
                     self._client.tell_death(_printable(line[6:]))
             cause = self._end_process(patience=2.0)
@@ -227,20 +232,12 @@ class Tunnel:
                 return self._say(f"ssh to {self.destination} is there again")
             except (ConnectionFileError, OSError) as error:
                 self._end_process()
-                if getattr(error, "is_final", False):
+                verdict = getattr(error, "verdict", "again" if isinstance(error, OSError) else "stuck")
+                if verdict != "again":
                     self._closing.set()
-                    self._client.tell_death(f"out of reach: {error}")
-
-
-def _is_open(path: str) -> bool:
-    """A kernel's first byte comes unasked; what ssh cannot reach is closed at once.  A stopped kernel is neither."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5.0)
-        sock.connect(path)
-        try:
-            return bool(sock.recv(1))
-        except OSError:
-            return True         # client.py finds out, and says it better
+                    self._client.tell_death(str(error) if verdict == "gone" else
+                                            f"out of reach, but it lives on: {error}; leave, and join it again with "
+                                            f"--ssh {self.destination} --existing {self.name}")
 
 
 @contextlib.contextmanager

@@ -895,7 +895,7 @@ class Terminal:
         if self.died is None or self._is_death_told:
             return
         self._is_death_told = True
-        is_wanted = self.died.startswith(("shut down", "restarted"))
+        is_wanted = self.died.startswith(("shut down", "restarted", "out of reach"))
         self.dead = None if is_wanted else death.obituary(self.start.connection_file, self.client)
         if self.dead is None:
             self.painter.say("kernel %s%s %s%s" % (self.name, "" if is_wanted else " died:", self.died, self.lost))
