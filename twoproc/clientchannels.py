@@ -227,7 +227,8 @@ class ClientChannels:
         for channel in self._monitors.values():
             self._sockets[channel].disable_monitor()
         for sock in (*self._channels, *self._monitors):
-            self._poller.unregister(sock)
+            if sock in self._poller:        # iopub is not while it is not read
+                self._poller.unregister(sock)
         for sock in (*self._sockets.values(), *self._monitors):
             sock.close(linger)
         self._sockets.clear()
