@@ -81,7 +81,8 @@ class RealWay(Way):
     def __init__(self, case):
         self.folder = folder = support.Home(case).path
         for name in ("host", "other", "user"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", os.path.join(folder, name)], check=True)
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", os.path.join(folder, name)],
+                           check=True)
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             self.port = sock.getsockname()[1]
@@ -240,7 +241,7 @@ class Attaching(SshCase):
         terminal = self.open("--existing")
         folder = os.path.join(self.way.near.run, "kernels")
         modes = {name[-1]: stat.S_IMODE(os.lstat(os.path.join(folder, name)).st_mode) for name in os.listdir(folder)}
-        self.assertEqual(modes, {number: 0o600 for number in "012345"})
+        self.assertEqual(modes, dict.fromkeys("012345", 0o600))
         terminal.run("1+1", 1)
         self.assertIn("Out[1]: 2", terminal.show())
 
@@ -561,16 +562,18 @@ class TheFarSide(SshCase):
 class Destinations(unittest.TestCase):
 
     def test_what_is_understood(self):
-        for text, options, host in (("lab", [], "lab"), ("me@lab", [], "me@lab"), ("me@lab:2222", ["-p", "2222"], "me@lab"),
-                                    ("[::1]:22", ["-p", "22"], "::1"), ("me@[fe80::1%eth0]", [], "me@fe80::1%eth0"),
-                                    ("DOMAIN\\me@lab", [], "DOMAIN\\me@lab"), ("a.b-c_d", [], "a.b-c_d")):
+        for text, options, host in (
+                ("lab", [], "lab"), ("me@lab", [], "me@lab"), ("me@lab:2222", ["-p", "2222"], "me@lab"),
+                ("[::1]:22", ["-p", "22"], "::1"), ("me@[fe80::1%eth0]", [], "me@fe80::1%eth0"),
+                ("DOMAIN\\me@lab", [], "DOMAIN\\me@lab"), ("a.b-c_d", [], "a.b-c_d")):
             with self.subTest(text=text):
                 self.assertEqual(ssh.parse_destination(text), (options, host))
 
     def test_what_could_be_an_option_or_a_command_is_refused(self):
-        for text in ("", "-oProxyCommand=sh", "-lroot@lab", "me@-oProxyCommand=sh", "lab -p", "lab;sh", "$(sh)@lab", "`sh`",
-                     "me@lab:0", "me@lab:65536", "me@lab:-1", "me@", "@lab", "ssh://lab", "lab\n", "a'b@lab", "::1", "lab:",
-                     "[-oProxyCommand=sh]", "lab|sh"):
+        for text in (
+                "", "-oProxyCommand=sh", "-lroot@lab", "me@-oProxyCommand=sh", "[-oProxyCommand=sh]", "lab -p", "lab;sh",
+                "lab|sh", "$(sh)@lab", "`sh`", "a'b@lab", "lab\n", "me@lab:0", "me@lab:65536", "me@lab:-1", "lab:",
+                "me@", "@lab", "ssh://lab", "::1"):
             with self.subTest(text=text):
                 with self.assertRaises(connection.ConnectionFileError):
                     ssh.parse_destination(text)

@@ -28,8 +28,10 @@ SHOWN_CHARS = 1 << 14       # of what one cell printed
 COUNTED_BYTES = 4 << 20
 
 
-def obituary(connection_file: str, client: Client | None) -> Obituary | None:
-    """What the log says about the kernel that just died; None if there is none, or it was closed properly."""
+def obituary(connection_file: str | None, client: Client | None) -> Obituary | None:
+    """What the log says about the kernel that just died; None if there is none here, or it was closed properly."""
+    if connection_file is None:     # that of a kernel on another machine
+        return None
     # Our kernels write their connection files; a Jupyter manager writes its own, without a process in it.
     pid = client.info.extra.get("twoproc_pid") if client is not None else None
     with contextlib.suppress(crashlog.StateError, OSError):
