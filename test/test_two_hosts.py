@@ -139,7 +139,11 @@ class Revoked(TwoHosts):
             self.reach("bob")
         self.assertEqual(caught.exception.reason, "unauthorised")
         self.server.python("twoproc.keys", "authorize", self.lines["bob"], "--view")
-        self.connect("bob")
+
+        def is_let_in():
+            with self.guests.inside(), contextlib.suppress(NotReady):
+                return self.reach("bob")
+        support.wait_until(is_let_in, what="bob is let in again")
 
 
 class Eavesdropper(TwoHosts):
