@@ -461,6 +461,38 @@ class Umask(PlacesCase):
         self.assertLessEqual(set(modes.values()), {"0644", "0755"}, modes)
 
 
+    def test_all_that_keys_a_listening_kernel_and_its_guests_make_is_private(self):
+        keys = [sys.executable, "-m", "twoproc.keys"]
+        host = self.run_it(keys + ["new", "--host"])
+        mine = self.run_it(keys + ["new", "--name", "alice"])
+        authorize = ["authorize", mine.stdout.splitlines()[-1]]
+        for command in (authorize, ["revoke", "alice"], authorize):         # made, then changed
+            done = self.run_it(keys + command)
+            self.assertEqual(done.returncode, 0, host.stderr + mine.stderr + done.stderr)
+        base = random.randrange(21_000, 30_000, 10)
+        kernel = support.Process(self, [
+            *KERNEL, "--name", "lab", "--listen", "127.0.0.1", "--set", f"network.port_base={base}",
+            "--set", "network.port_slots=50", "--set", "kernel.publish_jupyter=yes"], home=self.home)
+        path = self.path("tmp", f"twoproc-{os.geteuid()}", "kernels", "lab.json")
+        support.wait_until(lambda: os.path.exists(path) or not kernel.is_alive, what="connection file")
+        with connection_to(path, self) as client:
+            client.wait_ready()
+            with open(path) as file:
+                info = json.load(file)
+            port = int(info["twoproc_listen"].rpartition(":")[2])
+            address = f"twoproc://127.0.0.1:{port}/{connection.hex_of(info['curve_publickey'].encode())}"
+            if "--connect" in self.run_it(FRONTEND + ["--help"]).stdout:
+                done = self.run_it(FRONTEND + ["--connect", address, "-c", "6 * 7"])
+                self.assertEqual((done.stdout, done.stderr), ("42\n", ""))
+            self.run_it(keys + ["revoke", "alice"])
+            modes = self.modes()
+            client.request("control", "shutdown_request")
+        kernel.wait()
+        self.assertEqual({**modes, **self.modes()}, {})
+        for wanted in ("host_key", "id_key", "authorized_keys", "access.log", "kernel-lab.json"):
+            self.assertTrue(any(path.endswith(wanted) for path in self.ours), f"{wanted}: {sorted(self.ours)}")
+
+
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 
 
