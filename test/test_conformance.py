@@ -14,6 +14,8 @@ import tempfile
 import unittest
 from unittest import mock
 
+import zmq
+
 from . import support
 
 IS_INSTALLED = {name: importlib.util.find_spec(name) is not None
@@ -82,6 +84,33 @@ if IS_INSTALLED["jupyter_kernel_test"]:
         supported_history_operations = ("tail", "range", "search")
         code_inspect_sample = "zip"
         code_clear_output = "from IPython.display import clear_output; clear_output()"
+
+    class KernelTestsWithCurve(KernelTests):
+        """The same where the manager wants encryption: each side shows the key pair of the connection file."""
+
+        @classmethod
+        def setUpClass(cls):
+            def start(kernel_name):
+                from jupyter_client.manager import KernelManager
+                if not KernelManager.has_trait(KernelManager(), "transport_encryption"):
+                    raise unittest.SkipTest("this jupyter_client has no transport_encryption")
+                manager = KernelManager(kernel_name=kernel_name, transport_encryption="required")
+                manager.start_kernel(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                client = manager.client()
+                client.start_channels()
+                client.wait_for_ready(timeout=TIMEOUT)
+                return manager, client
+            with mock.patch.object(jupyter_kernel_test, "start_new_kernel", start):
+                super().setUpClass()
+
+        def test_nothing_of_it_travels_in_clear(self):
+            self.assertEqual(self.kc.shell_channel.socket.mechanism, zmq.CURVE)
+            info = self.km.get_connection_info()
+            plain = {name: value for name, value in info.items() if not name.startswith("curve")}
+            client = support.Client({**plain, "key": plain["key"].decode()})
+            self.addCleanup(client.close)
+            client.send("shell", "kernel_info_request")
+            self.assertTrue(client.is_silent("shell", 0.5), "a client without the keys was answered")
 
     @needs("jupyter_client")
     class IopubWelcome(InstalledCase, jupyter_kernel_test.IopubWelcomeTests):
@@ -332,7 +361,6 @@ class RawConnectionFiles(unittest.TestCase):
         self.assertEqual(kernel.info["kernel_name"], "x")
 
     def test_curve_keys_are_used(self):
-        import zmq
         public, secret = zmq.curve_keypair()
         kernel = self.check(self.connection(curve_publickey=public.decode(), curve_secretkey=secret.decode()))
         plain = {name: value for name, value in kernel.info.items() if not name.startswith("curve")}
