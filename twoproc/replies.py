@@ -9,6 +9,8 @@ No thread: twoproc-io notes and looks up, main notes replies, each by single ope
 """
 from __future__ import annotations
 
+from collections import deque
+
 from .session import Message
 
 MAX_CELLS = 2000                # remembered; of these
@@ -37,7 +39,8 @@ class Replies:
     def __init__(self) -> None:
         self._cells: dict[tuple, Cell] = {}
         self._is_whole = True           # nothing was forgotten: who is not here was never here
-        self._kept: list[Cell] = []     # with a reply, oldest first
+        self._kept: deque[Cell] = deque()       # with a reply, oldest first
+        self._kept_bytes = 0            # roughly: main and twoproc-io both reply
 
     # -- run by twoproc-io
     def note_request(self, message: Message) -> None:
@@ -73,8 +76,11 @@ class Replies:
             return
         cell.reply, cell.is_done = content, True
         self._kept.append(cell)
-        while len(self._kept) > MAX_REPLIES or sum(len(cell.reply or b"") for cell in self._kept) > MAX_BYTES:
-            self._kept.pop(0).reply = None
+        self._kept_bytes += len(content)
+        while len(self._kept) > MAX_REPLIES or self._kept_bytes > MAX_BYTES:
+            oldest = self._kept.popleft()
+            self._kept_bytes -= len(oldest.reply or b"")
+            oldest.reply = None
 
     def route(self, message: Message) -> list[bytes]:
         """The identities of the client that sent this cell, as they are now."""
