@@ -1,6 +1,8 @@
 # Distributed under the terms of the BSD 3-Clause License.
 """A kernel on another machine through ssh: a fake one in the suite, a real sshd on loopback in `python -m soak ssh`."""
+import contextlib
 import getpass
+import io
 import json
 import os
 import shlex
@@ -11,8 +13,9 @@ import stat
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
-from twoproc import connection, ssh
+from twoproc import connection, ssh, start
 
 from . import support, vt
 
@@ -162,6 +165,14 @@ def is_running(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def parent_of(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 class SshCase(unittest.TestCase):
@@ -546,6 +557,18 @@ class TheFarSide(SshCase):
         self.assertTrue(is_running(members["twoproc_pid"]))
         self.assertEqual(os.getsid(members["twoproc_pid"]), members["twoproc_pid"])
 
+    def test_a_kernel_that_would_be_lost_with_the_last_logout_is_said_to_be(self):
+        for folder, has_systemd, lingers, is_told in (
+                ("/run/user/7/twoproc", True, False, True), ("/run/user/7/twoproc", True, True, False),
+                ("/run/user/7/twoproc", False, False, False), ("/tmp/twoproc-7", True, False, False)):
+            with self.subTest(folder=folder, has_systemd=has_systemd, lingers=lingers), \
+                    mock.patch.object(connection, "runtime_folder", return_value=folder), \
+                    mock.patch("os.path.isdir", return_value=has_systemd), \
+                    mock.patch("os.path.exists", return_value=lingers), \
+                    contextlib.redirect_stderr(io.StringIO()) as said:
+                start._warn_of_logout()
+                self.assertEqual("enable-linger" in said.getvalue(), is_told)
+
     def test_watching_says_how_the_kernel_ended_each_time_and_ends_with_its_input(self):
         kernel, path = self.start_far("-f", os.path.join(self.way.far.run, "kernels", "otter.json"))
         process = self.start_it(path, "--watch")
@@ -571,9 +594,9 @@ class Destinations(unittest.TestCase):
 
     def test_what_could_be_an_option_or_a_command_is_refused(self):
         for text in (
-                "", "-oProxyCommand=sh", "-lroot@lab", "me@-oProxyCommand=sh", "[-oProxyCommand=sh]", "lab -p", "lab;sh",
-                "lab|sh", "$(sh)@lab", "`sh`", "a'b@lab", "lab\n", "me@lab:0", "me@lab:65536", "me@lab:-1", "lab:",
-                "me@", "@lab", "ssh://lab", "::1"):
+                "", "-oProxyCommand=sh", "-lroot@lab", "me@-oProxyCommand=sh", "[-oProxyCommand=sh]", "lab -p",
+                "lab;sh", "lab|sh", "$(sh)@lab", "`sh`", "a'b@lab", "lab\n", "me@lab:0", "me@lab:65536", "me@lab:-1",
+                "lab:", "me@", "@lab", "ssh://lab", "::1"):
             with self.subTest(text=text):
                 with self.assertRaises(connection.ConnectionFileError):
                     ssh.parse_destination(text)
@@ -647,6 +670,19 @@ class OnAPipeThroughSshd(OnAPipe):
 @unittest.skipIf(why_no_sshd(), why_no_sshd())
 class OnATerminalThroughSshd(OnATerminal):
     make_way = RealWay
+
+    def test_a_network_that_falls_silent_is_noticed(self):
+        terminal = self.open()
+        terminal.run("x = 5", 1)
+        stopped = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc")))
+                   if parent_of(pid) == self.way.sshd.pid]
+        for pid in stopped:
+            self.addCleanup(os.kill, pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGSTOP)
+        terminal.wait("not responding", 60)         # three questions of ServerAliveInterval
+        terminal.wait("is there again")
+        terminal.run("x + 1", 2)
+        self.assertIn("Out[2]: 6", terminal.show())
 
 
 if __name__ == "__main__":

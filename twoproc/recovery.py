@@ -408,20 +408,19 @@ def _replay_in_kernel(session: LoggedSession, cells: list[LoggedCell], into: str
     if into is None:
         with contextlib.suppress(KeyError, TypeError, OSError):
             os.chdir(session.opened["cwd"])
-    begun = start.Start(argparse.Namespace(existing=into, ssh=None, name=None, kernel=None, config=None, set=[]),
-                        config.load(), keep=True)
+    begun = start.Start(argparse.Namespace(existing=into, ssh=None, connect=None, name=None, kernel=None, config=None,
+                                           set=[]), config.load(), keep=True)
     try:
         kernel = client.connect(begun.wait())
     except BaseException:
         begun.end()
         raise
     with kernel:
-        name = connection.kernel_name_of(begun.connection_file)
         by = next((other.id for other in crashlog.sessions()
-                   if other.opened.get("conn") == begun.connection_file), name)
+                   if other.opened.get("conn") == begun.connection_file), begun.name)
         # Before they run: if they kill this kernel too, that shall be known.
         session.append("recovered", by=by, how="replay")
-        _say("kernel %s is left running; join it with: %s" % (name, start.join_command(name)))
+        _say("kernel %s is left running; join it with: %s" % (begun.name, begun.join))
         return 0 if _run_all(cells, functools.partial(_run_in, kernel), _say) else 1
 
 

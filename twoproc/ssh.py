@@ -108,6 +108,8 @@ class Tunnel:
 
     def attend(self, client: Any, say: Callable[[str], None]) -> None:
         self._client, self._say = client, say
+        # Not when ssh is: until the kernel has answered, nothing can be sent.
+        client.watch(lambda state: say(f"ssh to {self.destination} is there again") if state == "back" else None)
         self._attending.set()
 
     def close(self) -> None:
@@ -228,8 +230,7 @@ class Tunnel:
             if self._closing.wait(pause):
                 return
             try:
-                self._open()
-                return self._say(f"ssh to {self.destination} is there again")
+                return self._open()
             except (ConnectionFileError, OSError) as error:
                 self._end_process()
                 verdict = getattr(error, "verdict", "again" if isinstance(error, OSError) else "stuck")
