@@ -574,7 +574,7 @@ class TheFarSide(SshCase):
         process = self.start_it(path, "--watch")
         self.assertEqual(json.loads(process.stdout.readline())["twoproc_file"], path)
         kernel.signal(signal.SIGKILL)
-        self.assertRegex(process.stdout.readline(), "^ended .*while idle")
+        self.assertRegex(process.stdout.readline(), "^ended .*killed from outside")
         self.start_far("-f", path)
         # Seen again when its claim is; nothing here can tell when that was.
         os.kill(json_of(path)["twoproc_pid"], signal.SIGTERM)

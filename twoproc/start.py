@@ -178,5 +178,5 @@ def _cause_of_end(path: str) -> str:
     from . import death
     dead = death.obituary(path, None)
     if dead is not None:
-        return f"{dead.death.text} {dead.death.place}".strip()
+        return dead.death.text
     return "its process is gone" if os.path.lexists(path) else "shut down"
