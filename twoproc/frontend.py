@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .session import Message
 
 DIED = 70
+NOT_ALLOWED = 5     # the key that we show is good for less
 BROKEN_PIPE = 128 + 13
 # A second Ctrl-C within this time ends us, whatever the kernel does.
 INSISTING_SECONDS = 2.0
@@ -378,6 +379,8 @@ class Plain:
                 return int(value) & 0xFF
             self._write(sys.stderr, value + "\n")
             return 1
+        if not self._is_told and content.get("ename") == "NotAllowed":
+            return fail(f"not allowed: {self.screen.without_escapes(str(content.get('evalue')))}", NOT_ALLOWED)
         if not self._is_told and content.get("status") == "error":
             self._write(sys.stderr, self._traceback(content))
         return 130 if content.get("ename") == "KeyboardInterrupt" else 1

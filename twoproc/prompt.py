@@ -45,11 +45,12 @@ class Prompt:
     def __init__(self, settings: Any, colors: bool, client: Callable[[], Client | None], tell: Callable[..., None]):
         self._settings, self._client, self._tell = settings, client, tell
         self.count = 1
+        self.rights = "admin"       # one of access.RIGHTS: what our key may do there; below "run" the prompt says it
         self.language = "python"
         self.lexer: Lexer = SimpleLexer()
         self.note = ""              # a word in the toolbar, gone with the next Enter
         self.history = SavedHistory(history_path(), settings["frontend.history_lines"])
-        completer = KernelCompleter(client, settings["frontend.complete_seconds"], self._note_busy)
+        completer = KernelCompleter(client, settings["frontend.complete_seconds"], self._note)
         self.session: PromptSession = PromptSession(
             message=self._message, prompt_continuation=self._continuation, multiline=True,
             editing_mode=EditingMode.VI if settings["frontend.editing"] == "vi" else EditingMode.EMACS,
@@ -59,9 +60,9 @@ class Prompt:
             include_default_pygments_style=False, key_bindings=self._keys(), enable_suspend=True,
             color_depth=ColorDepth.DEPTH_4_BIT if colors else ColorDepth.DEPTH_1_BIT)
 
-    def _note_busy(self) -> None:
+    def _note(self, text: str) -> None:
         """Run by the thread that completes, as prompt_toolkit allows."""
-        self.note = "kernel busy"
+        self.note = text
         self.session.app.invalidate()
 
     def _message(self) -> FormattedText:
@@ -69,6 +70,8 @@ class Prompt:
         if self.session.editing_mode == EditingMode.VI:
             is_navigation = self.session.app.vi_state.input_mode == InputMode.NAVIGATION
             mode = [("class:prompt", "[nav] " if is_navigation else "[ins] ")]
+        if not is_allowed(self.rights, "run"):
+            return FormattedText([*mode, ("class:prompt", "[%s]: " % self.rights)])
         return FormattedText([*mode, ("class:prompt", "In ["), ("class:prompt.number", str(self.count)),
                               ("class:prompt", "]: ")])
 
@@ -134,7 +137,8 @@ class Prompt:
 
     def _check_complete(self, text: str) -> tuple[str, str]:
         """Ask the kernel, but for a short time only, and only where we cannot know."""
-        if not text.strip() or text.startswith(self._settings["frontend.command_prefix"]):
+        if not text.strip() or text.startswith(self._settings["frontend.command_prefix"]) or not is_allowed(
+                self.rights, "run"):
             return "complete", ""
         is_python = self.language == "python"
         local = check_complete(text) if is_python else ("complete", "")
@@ -217,22 +221,25 @@ def history_path() -> str | None:
 class KernelCompleter(Completer):
     """Asks the kernel, in a thread of prompt_toolkit's, for a limited time; late answers find nobody.
 
-    client: () -> the Client or None.  on_timeout: called when a kernel that is busy did not answer.
+    client: () -> the Client or None.  note: called with a word for the user when there is no answer.
     """
 
-    def __init__(self, client: Callable[[], Client | None], busy_seconds: float, on_timeout: Callable[[], None]):
-        self._client, self._busy_seconds, self._on_timeout = client, busy_seconds, on_timeout
+    def __init__(self, client: Callable[[], Client | None], busy_seconds: float, note: Callable[[str], None]):
+        self._client, self._busy_seconds, self._note = client, busy_seconds, note
 
     def get_completions(self, document, complete_event):
         client = self._client()
-        if client is None:
+        if client is None or client.is_lost:
+            return
+        if not is_allowed(client.rights, "input"):
+            self._note("view only: no completion")
             return
         # The limit is for a kernel that has something else to do; one at rest may be loading its completer.
         seconds = self._busy_seconds if client.execution_state == "busy" else 3.0
         try:
             content = client.complete(document.text, document.cursor_position, timeout=seconds).content
         except TimeoutError:
-            self._on_timeout()
+            self._note("kernel busy")
             return
         except (KernelDied, OSError, ValueError, RuntimeError):     # it is ending, or we are
             return
@@ -254,6 +261,14 @@ class Invisible(Processor):
 
     def apply_transformation(self, transformation_input):
         return Transformation([], source_to_display=lambda i: 0, display_to_source=lambda i: 0)
+
+
+def is_allowed(rights: str, needed: str) -> bool:
+    """Does who has these rights have the needed one?  A word that we do not know is for the kernel to judge."""
+    if rights == "admin":
+        return True
+    from .access import RIGHTS      # here, because most have all rights
+    return rights not in RIGHTS or RIGHTS.index(rights) >= RIGHTS.index(needed)
 
 
 def lexer_of(language: dict) -> Lexer:

@@ -46,7 +46,7 @@ from . import connection, death, discovery, screen
 from .client import END_OF_INPUT, Client, KernelDied
 from .launcher import LaunchError
 from .painter import Painter
-from .prompt import Invisible, Prompt, lexer_of
+from .prompt import Invisible, Prompt, is_allowed, lexer_of
 from .session import Message, timestamp
 from .start import banner
 
@@ -58,6 +58,7 @@ MUFFLED_SECONDS = 1.0
 PRESENCE_SECONDS = 600.0
 WRITE_CHARS = 1 << 15       # between two looks for Ctrl-C while much is written
 SHOWN_BYTES = 1 << 20       # of the log, at most, when the user asks for it
+REFUSALS = ("NotAllowed", "RateLimited", "BadMessage")  # by which a kernel answers what it does not run
 REDRAW_SECONDS = 0.03       # so long output above a prompt waits for more: each time the prompt is drawn again
 
 
@@ -96,6 +97,8 @@ class Cell:
         self.count: Any = count         # execution_count; None while it waits behind somebody else's cell
         self.reply: Message | None = None
         self.replied_at = 0.0
+        self.is_begun = False           # the kernel was heard to run it
+        self.is_told = False            # its error was published; the reply holds it once more
         self.is_idle = False
         self.interrupted_at: float | None = None
         self.lost: str | None = None    # the kernel's cause of death
@@ -162,7 +165,7 @@ class Terminal:
             # Somebody else's kernel: its prompt number is worth waiting for; one that is slow is not.
             self.pump_until(lambda: self.is_settled, 1.0)
         if self.source is not None and self._wait_client():
-            if self.prompt.language == "python":
+            if self.prompt.language == "python" and is_allowed(self.client.rights, "run"):
                 self.client.execute(self.source.prelude(), silent=True)
             self.run_cell(self.source.code)
         while self.exit_code is None:
@@ -194,6 +197,7 @@ class Terminal:
             self.cell.lost = "restarted"
         self.client, self.connect_error, self.died, self.busy = None, None, None, None
         self.prompt.count, self.is_settled, self._is_death_told = 1, False, False
+        self.prompt.rights = "admin"
         self.others.clear()
         threading.Thread(target=self._connect, args=(self.start,), name="twoproc-connect", daemon=True).start()
 
@@ -309,10 +313,12 @@ class Terminal:
             if type(count) is int:      # what is past may end before the newest, which is not in the log if private
                 self.prompt.count = max(count + 1, self.prompt.count if is_past else 0)
             if self._is_mine(message):
-                self.cell.count = count
+                self.cell.count, self.cell.is_begun = count, True
             elif who is not None:
                 self.busy = str(parent.get("msg_id")), who, count, said
                 self.prompt.history.hear(str(message.content.get("code", "")))
+        elif message.msg_type == "error" and self._is_mine(message):
+            self.cell.is_told = True
         elif state == "idle":
             if self._is_mine(message):
                 self.cell.is_idle = True
@@ -326,6 +332,7 @@ class Terminal:
             return
         self.client, self.is_settled = client, True
         self.prompt.language, self.prompt.count = language, max(self.prompt.count, count)
+        self.prompt.rights = client.rights
         early, self._early = [entry for entry in self._early if entry[0] is client], []
         self._show_past([message for _, message, is_past in early if is_past])
         self._handle([("iopub", *entry) for entry in early if not entry[2]])
@@ -480,6 +487,8 @@ class Terminal:
         parts = []
         if self.died is not None:
             parts.append("no kernel")
+        elif self.client is not None and self.client.is_lost:
+            parts.append("connection lost")
         elif self.client is not None and self.client.silence > 4:
             parts.append("no answer for %d s" % self.client.silence)
         if self.busy is not None:
@@ -532,7 +541,11 @@ class Terminal:
 
     def run_cell(self, text: str) -> None:
         """Send one input and stay with it until it is done, lost, or left alone."""
-        if self.client is None and not self._wait_client():
+        if self.client is None and not self._wait_client() or not self._may("run", "running code"):
+            return
+        if self.client.is_lost:     # not kept for its return: nobody could take that back, nor say when it is
+            self.painter.say("not sent: the connection to kernel %s is lost" % self.name)
+            self.next_input = _at_end(text)
             return
         try:
             pending = self.client.execute_nowait(text, allow_stdin=True, on_message=self._hear)
@@ -560,6 +573,12 @@ class Terminal:
             self._choose_after_death()
         elif cell.reply is not None:
             self._handle_payload(cell.reply.content.get("payload"))
+            if not cell.is_told and cell.reply.content.get("ename") in REFUSALS:
+                self._is_refused(cell.reply)
+        elif cell.pending.error is not None:
+            self.painter.say(str(cell.pending.error))
+            if not cell.is_begun:
+                self.next_input = _at_end(text)
 
     def _hear(self, message: Message) -> None:
         """Run by twoproc-client: output comes to us by `listen`, in order with that of others."""
@@ -569,6 +588,7 @@ class Terminal:
     def _is_over(self, cell: Cell) -> bool:
         # 2 s: for kernels that never say idle.
         return (self.exit_code is not None or self.cell is not cell or cell.lost is not None
+                or isinstance(cell.pending.error, ConnectionError)      # not that of a death, which is told by itself
                 or cell.reply is not None and (cell.is_idle or time.monotonic() > cell.replied_at + 2.0))
 
     def _patience(self, cell: Cell) -> float | None:
@@ -580,7 +600,26 @@ class Terminal:
                 self.painter.unmuffle()
                 return 0
             return left
-        return 1.0 if self.painter.has_unfinished_lines else None
+        return 1.0 if self.painter.has_unfinished_lines or self.client is not None and self.client.is_lost else None
+
+    def _may(self, needed: str, what: str) -> bool:
+        """Does our key have this right at the kernel?  If not that is said, and nothing should be sent."""
+        client = self.client
+        if client is None or is_allowed(client.rights, needed):
+            return True
+        self.painter.say("%s: kernel %s gives your key%s the right %r, and %s needs %r" % (
+            "view only" if client.rights == "view" else "not allowed", self.name,
+            " (%s)" % client.user if client.user else "", client.rights, what, needed))
+        return False
+
+    def _is_refused(self, reply: Message | None) -> bool:
+        """An error of the kernel's own in a reply, of which nothing was published, is said in one line."""
+        content = reply.content if reply is not None else {}
+        if content.get("status") != "error":
+            return False
+        self.painter.say(" ".join(screen.without_escapes(
+            "kernel %s: %s: %s" % (self.name, content.get("ename"), content.get("evalue"))).split()))
+        return True
 
     def _wait_client(self) -> bool:
         """The first Enter may come before the kernel; it is not lost."""
@@ -764,8 +803,8 @@ class Terminal:
         self.painter.say("%-16s %s" % ("Ctrl-\\", "detach, also while a cell runs"))
 
     def command_interrupt(self, argument: str) -> None:
-        self.client.interrupt(timeout=2.0)
-        self.painter.say("interrupted")
+        if self._may("run", "interrupting") and not self._is_refused(self.client.interrupt(timeout=2.0)):
+            self.painter.say("interrupted")
 
     def command_restart(self, argument: str) -> None:
         if self.choose("Restart kernel %s? Its variables are lost%s. [y]es [n]o: " % (
@@ -787,6 +826,8 @@ class Terminal:
         return False
 
     def command_shutdown(self, argument: str) -> None:
+        if not self._may("admin", "ending the kernel"):
+            return
         if self.process is not None and not self._others_now() or self.choose(
                 "End kernel %s%s? [y]es [n]o: " % (self.name, self._for_others())) == "y":
             self._end_kernel()
@@ -884,7 +925,8 @@ class Terminal:
             if self.process is not None:
                 self.process.shutdown()
             elif self._wait_client():
-                self.client.shutdown(timeout=5.0)
+                if self._is_refused(self.client.shutdown(timeout=5.0)):
+                    return
             self.painter.say("kernel %s ended" % name)
         self._write(self.painter.take())
         self.exit_code = 0
