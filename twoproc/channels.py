@@ -83,8 +83,7 @@ class Text(NamedTuple):
 MAX_QUEUED_REQUESTS = 10_000    # beyond it shell is left unread, and ZeroMQ makes the sender wait
 MAX_IDENTITIES = 10_000         # of clients, remembered with the key of each
 HELLO = b"twoproc_hello"        # what a client on another machine says first, and the beginning of the answer
-RECEIVE_AT_ONCE = 200           # messages of one socket before the others get their turn,
-RECEIVE_SECONDS = 0.02          # and for so long: the signature of 60 MB takes as long as that of 60,000 words
+RECEIVE_SECONDS = 0.01          # that one socket is read before the others get their turn
 MAX_SUBSCRIPTIONS = 10_000      # to iopub, and
 MAX_TOPICS = 1 << 20            # bytes in their topics, each of which ZeroMQ keeps in about 50; see _welcome
 EXIT_FAULT = 70                 # the exit status after a fault of ours
@@ -392,13 +391,11 @@ class KernelChannels:
         return int(min(known) * 1000) + 1 if known else None
 
     def _receive(self, channel: str) -> bool:
-        """Take in what there is, within RECEIVE_AT_ONCE and RECEIVE_SECONDS; False when that was all."""
+        """Take in what there is, for RECEIVE_SECONDS; False when that was all."""
         sock = self._sockets[channel]
         until = time.monotonic() + RECEIVE_SECONDS
         user = ""
-        for _ in range(RECEIVE_AT_ONCE):
-            if time.monotonic() > until:
-                break
+        while time.monotonic() < until:
             try:
                 if self.listen is None or channel == "iopub":
                     frames = sock.recv_multipart(zmq.NOBLOCK)
@@ -411,21 +408,25 @@ class KernelChannels:
                 self._welcome(frames[0])
                 continue
             try:
-                if self.listen is not None:
-                    self._check_owner(frames[0], user)
-                    if channel == "control" and frames[1:] == [HELLO]:
-                        self._send(sock, [frames[0], HELLO, self.on_hello(user)])
-                        continue
-                message = self.session.deserialize(frames)
-                self.on_message(channel, message._replace(user=user) if user else message)
-            except BadMessage as error:
-                error.message = error.message._replace(user=user)
-                self.on_bad_message(channel, error)
+                self._handle(sock, channel, user, frames)
             except MessageError as error:
                 logger.warning("%s: %s", channel, error)
             except Exception:       # a fault of ours costs this message its answer, not everybody the kernel
                 logger.exception("%s: a message could not be handled", channel)
         return True
+
+    def _handle(self, sock: zmq.Socket, channel: str, user: str, frames: list[bytes]) -> None:
+        if self.listen is not None:
+            self._check_owner(frames[0], user)
+            if channel == "control" and frames[1:] == [HELLO]:
+                self._send(sock, [frames[0], HELLO, self.on_hello(user)])
+                return
+        try:
+            message = self.session.deserialize(frames)
+            self.on_message(channel, message._replace(user=user) if user else message)
+        except BadMessage as error:
+            error.message = error.message._replace(user=user)
+            self.on_bad_message(channel, error)
 
     @staticmethod
     def _user_of(frame: zmq.Frame) -> str:
@@ -474,11 +475,11 @@ class KernelChannels:
             self._topics += len(frame)
             if self.subscribers > MAX_SUBSCRIPTIONS or self._topics > MAX_TOPICS:
                 # Somebody subscribes without end, 80 MB a second; ZeroMQ does not say who. Whoever is honest is back
-                # in a moment. Once a second: that one may come back as well.
+                # in a moment. Twice a second: that one may come back as well.
                 logger.warning("iopub: more than %d subscriptions, or %d bytes of topics: all who read it by tcp are "
                                "cut", MAX_SUBSCRIPTIONS, MAX_TOPICS)
                 if time.monotonic() > self._flood_at:
-                    self._flood_at = time.monotonic() + 1.0
+                    self._flood_at = time.monotonic() + 0.5
                     self._is_to_cut = True
                 return
             topic = frame[1:]

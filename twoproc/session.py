@@ -357,10 +357,13 @@ class Session:
         if self._guard is not None and not self._guard.accept(session, header.get("date")):
             raise SignatureError("older than what is remembered of session %.60r" % (session,))
         message = Message(header, {}, {}, {}, buffers, identities, header_bytes)
+        has_session = type(session) is str and len(session) <= 256
+        if not has_session:
+            header["session"] = ""      # who answers may look it up in a dict, where a list is an error
         if type(msg_type) is not str or len(msg_type) > 256:
             header["msg_type"] = ""
             raise BadMessage("the header's msg_type is %.60r, expected a string" % (msg_type,), message)
-        if type(session) is not str or len(session) > 256:
+        if not has_session:
             raise BadMessage("the header's session is %.60r, expected a string" % (session,), message)
         version = header.get("version", PROTOCOL_VERSION)
         if type(version) is not str or version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
