@@ -151,7 +151,8 @@ class Buffers(unittest.TestCase):
 
     @staticmethod
     def sealed(metadata, buffers):
-        return Session(KEY).serialize("comm_msg", {}, metadata=session.seal(metadata, buffers) or b"{}", buffers=buffers)
+        return Session(KEY).serialize("comm_msg", {}, metadata=session.seal(metadata, buffers) or b"{}",
+                                      buffers=buffers)
 
     def test_that_are_those_of_the_sender_arrive(self):
         message = self.receiver.deserialize(self.frames)
