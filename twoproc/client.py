@@ -780,7 +780,9 @@ class Client:
             if self.died is not None and not self._link.is_over:
                 self._revive()
         elif self.info.is_remote:
-            if event == "disconnected" and self._was_connected and self.died is None and self._dying is None:
+            # Heard from, although one of its sockets is still connecting: that is a connection which can be lost.
+            is_known = self._was_connected or self._sees_output
+            if event == "disconnected" and is_known and self.died is None and self._dying is None:
                 if self._shutdown is None:
                     self._link.lose()
                 else:
