@@ -398,6 +398,51 @@ class OnATerminal(SshCase):
         terminal.wait(lambda lines: "ended" in lines and "Out[3]: 7" in lines)
         terminal.prompt(4)
 
+    def test_it_may_be_killed_again_and_again(self):
+        count = support.rounds(4, 30)
+        flag = os.path.join(self.way.far.path, "flag")
+        terminal = self.open()
+        terminal.run(f"import os, time; flag = {flag!r}", 1)
+        terminal.send("for i in iter(lambda: os.path.exists(flag), True): print(end='.'); time.sleep(0.01)\r\r")
+        terminal.wait("...")
+        for number in range(count):
+            support.wait_until(lambda number=number: len(self.way.masters()) > number, what="another ssh")
+            # Every other one when all is well, the others while they log in, or forward.
+            if number % 2 == 0:
+                told = number // 2
+                terminal.wait(lambda lines, told=told: terminal.raw.count("is there again") >= told)
+            else:
+                support._pause.wait(number % 6 * 0.05)
+            os.kill(self.way.masters()[-1], signal.SIGKILL)
+        support.wait_until(lambda: len(self.way.masters()) > count, what="another ssh")
+        terminal.wait("is there again")
+        open(flag, "w").close()
+        terminal.prompt(3)
+        terminal.send("print('alive', 6 * 7)\r")
+        terminal.wait("alive 42")
+        support.wait_until(lambda: len(self.watchers()) == 1, what="end of the programs on the far side")
+
+    def watchers(self):
+        """The processes on the far side that ssh runs."""
+        found = []
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{pid}/cmdline", "rb") as file:
+                    words = file.read().decode().split("\0")
+                if "--watch" in words and f"--print-connection={self.files(self.way.far)[0]}" in words:
+                    found.append(int(pid))
+        return found
+
+    def test_who_leaves_while_it_is_tried_need_not_wait(self):
+        terminal = self.open()
+        self.way.behave("down")
+        os.kill(self.way.masters()[-1], signal.SIGKILL)
+        terminal.wait("trying again")
+        support.wait_until(lambda: len(self.way.masters()) > 2, what="another try")
+        terminal.send(CTRL_D)
+        terminal.wait_end(support.at_most(4))
+        self.assert_nothing_left()
+
     def test_where_ssh_would_have_to_ask_it_says_what_to_do(self):
         terminal = self.open()
         self.way.behave("refused")

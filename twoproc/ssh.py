@@ -78,6 +78,8 @@ class Tunnel:
     """
 
     def __init__(self, destination: str, python: str, words: list[str]):
+        if sys.platform == "win32":
+            raise SshError("--ssh: not on Windows, whose ssh forwards no sockets; run it in WSL")
         self.destination, self._words = destination, words
         self._options, self._host = parse_destination(destination)
         self._python = shlex.split(python)

@@ -49,6 +49,12 @@ class Start:
             self.join = f"{join_command(self.name)} --ssh {arguments.ssh}"
             return
         if arguments.existing is not None:
+        if arguments.connect is not None:
+            from .remote import reach
+            self._info = reach(arguments.connect, settings)
+            self.name = self._info.extra["twoproc_name"]
+            self.join = f"{frontend_command()} --connect {self.name}"
+            return
             self._use(connection.find_connection_file(arguments.existing or None))
             return
         options: dict[str, Any] = {"name": arguments.name, "keep": keep, "env": env}
@@ -80,7 +86,7 @@ class Start:
             self._thread.join()
         if self.error is not None:
             raise self.error
-        return self._tunnel.info if self._tunnel is not None else self.process or self.connection_file
+        return self._tunnel.info if self._tunnel is not None else self._info or self.process or self.connection_file
 
     def attend(self, client: Client, say: Callable[[str], None]) -> None:
         """What is known of the kernel beside its connection, goes to this client; of the connection, to say(line)."""
@@ -105,7 +111,11 @@ def banner(start: Start) -> list[str]:
 
 
 def join_command(name: str) -> str:
-    return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend --existing {name}"
+    return f"{frontend_command()} --existing {name}"
+
+
+def frontend_command() -> str:
+    return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend"
 
 
 # -- the far side of ssh.py: `python -m twoproc.kernel --print-connection`
@@ -114,8 +124,8 @@ def print_connection(name: str, starts: bool, new_name: str | None, watches: boo
     """Write the connection file of a running kernel to a pipe, one line of JSON with its path in it.
 
     name: as for --existing, empty for the newest.  starts: one, if there is none to join, or if it is to have a name
-    of its own; it lives on after us.  watches: stay until standard input ends, and write "ended CAUSE" each time that
-    the kernel has ended.  Raises ConnectionFileError.
+    of its own; it lives on after us.  watches: stay until standard input ends, and write "ended CAUSE" when the kernel
+    has ended, every two seconds until there is a successor.  Raises ConnectionFileError.
     """
     if sys.stdout.isatty():
         raise connection.ConnectionFileError("not shown: with a kernel's key anybody here can run code as you; "
@@ -169,8 +179,12 @@ def _tell_ends(path: str) -> None:
                 fd = connection.open_private(connection.lock_path(path), os.O_RDONLY)
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 os.close(fd)
-            print("ended " + _cause_of_end(path), flush=True)
-            while not connection.is_claimed(path):      # nothing tells that it was started again
+            # Nothing tells that it was started again, and it may have come and gone between two looks: told anew.
+            turn = 0
+            while turn == 0 or not connection.is_claimed(path):
+                if turn % 10 == 0:
+                    print("ended " + _cause_of_end(path), flush=True)
+                turn += 1
                 time.sleep(0.2)
 
 
