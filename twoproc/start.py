@@ -49,12 +49,6 @@ class Start:
             self.join = f"{join_command(self.name)} --ssh {arguments.ssh}"
             return
         if arguments.existing is not None:
-        if arguments.connect is not None:
-            from .remote import reach
-            self._info = reach(arguments.connect, settings)
-            self.name = self._info.extra["twoproc_name"]
-            self.join = f"{frontend_command()} --connect {self.name}"
-            return
             self._use(connection.find_connection_file(arguments.existing or None))
             return
         options: dict[str, Any] = {"name": arguments.name, "keep": keep, "env": env}
@@ -86,7 +80,7 @@ class Start:
             self._thread.join()
         if self.error is not None:
             raise self.error
-        return self._tunnel.info if self._tunnel is not None else self._info or self.process or self.connection_file
+        return self._tunnel.info if self._tunnel is not None else self.process or self.connection_file
 
     def attend(self, client: Client, say: Callable[[str], None]) -> None:
         """What is known of the kernel beside its connection, goes to this client; of the connection, to say(line)."""
@@ -111,11 +105,7 @@ def banner(start: Start) -> list[str]:
 
 
 def join_command(name: str) -> str:
-    return f"{frontend_command()} --existing {name}"
-
-
-def frontend_command() -> str:
-    return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend"
+    return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend --existing {name}"
 
 
 # -- the far side of ssh.py: `python -m twoproc.kernel --print-connection`
