@@ -48,7 +48,7 @@ CAMPAIGNS = {
               ["test_two_hosts"]),
     "fuzz": (11, "valid messages, mutated, for ten minutes on every socket",
              ["test_messages_faults.Fuzz"]),
-    "ssh": (2, "a real sshd on loopback: attach, cut, come back, refused, another host key",
+    "ssh": (5, "a real sshd on loopback: attach, cut, come back, refused, another host key",
             ["test_ssh"]),
 }
 
