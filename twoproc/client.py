@@ -79,11 +79,11 @@ class ConnectionLost(ConnectionError):
 
 class NotReady(ConnectionError):
     """Attaching failed.  reason: refused, blocked, unauthorised, key, encryption, busy, hello, output or silent;
-    str() says it to a person."""
+    str() says it to a person.  exit_code: of a program that ends for it."""
 
-    def __init__(self, reason: str, text: str):
+    def __init__(self, reason: str, text: str, exit_code: int = 2):
         super().__init__(text)
-        self.reason = reason
+        self.reason, self.exit_code = reason, exit_code
 
 
 def connect(target: Any = None, timeout: float | None = None, **options: Any) -> Client:
@@ -312,7 +312,7 @@ class Client:
                 self.process, target = target, target.connection_file
             self.connection_file = connection.find_connection_file(os.fspath(target) if target else None)
             self.info = connection.read_connection_file(self.connection_file)
-        # What our key may do there: view, input, run, admin; and whose key it is there.  Of this machine: all, nobody's.
+        # What our key may do there: view, input, run, admin; and whose key it is.  On this machine: all, nobody's.
         self.rights = str(self.info.extra.get("twoproc_rights") or "admin")
         self.user = str(self.info.extra.get("twoproc_user") or "")
         self.execution_state = ""                   # what the kernel said last: starting, busy, idle
@@ -780,9 +780,8 @@ class Client:
             if self.died is not None and not self._link.is_over:
                 self._revive()
         elif self.info.is_remote:
-            # Heard from, although one of its sockets is still connecting: that is a connection which can be lost.
-            is_known = self._was_connected or self._sees_output
-            if event == "disconnected" and is_known and self.died is None and self._dying is None:
+            # Told of a connection that was there, also where another socket is still connecting.
+            if event == "disconnected" and self.died is None and self._dying is None:
                 if self._shutdown is None:
                     self._link.lose()
                 else:
@@ -893,7 +892,7 @@ class Client:
         waited = "within %g s" % timeout
         if self._channels.link == "unauthorised":
             return NotReady("unauthorised", "the kernel at %s does not let in this key: have it authorised there"
-                                            % self.address)
+                                            % self.address, 5)
         if self._channels.bad_signatures and not self._sees_output:
             return NotReady("key", "the kernel signs with another key than the connection file's: is the file from "
                                    "an earlier kernel at the same address?")

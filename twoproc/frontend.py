@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show_config:
             print(settings.show())
             return 0
+        if arguments.connect is not None and (arguments.existing, arguments.ssh, arguments.kernel) != (None,) * 3:
+            raise config.ConfigError("--connect with --existing, --ssh or --kernel: each says which kernel; give one")
         if arguments.ssh is not None and arguments.kernel is not None:
             raise config.ConfigError("--ssh with --kernel: a kernel that is started there is one of ours")
         if arguments.list:
@@ -65,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
-        return fail(str(error), 1)
+    except OSError as error:        # NotReady is one, and has an exit code
+        return fail(str(error), getattr(error, "exit_code", 1))
     except Exception as error:      # ours; the user's session must not end in a page of our source
         import tempfile
         import traceback
@@ -89,6 +91,8 @@ def make_parser() -> argparse.ArgumentParser:
                              "and let input() read the lines after it")
     parser.add_argument("--existing", metavar="NAME|FILE", nargs="?", const="",
                         help="join a running kernel: the newest of yours, or this one")
+    parser.add_argument("--connect", metavar="ADDRESS|NAME",
+                        help="a kernel on another machine that listens: twoproc://HOST:PORT/KEY, afterwards its name")
     parser.add_argument("--ssh", metavar="[USER@]HOST[:PORT]",
                         help="a kernel of yours on that machine: the newest, one that is started there if none runs, "
                              "or with --existing this one")
@@ -129,7 +133,8 @@ def run(arguments: argparse.Namespace, settings: config.Settings) -> int:
         return fail(f"{error}; the terminal needs prompt_toolkit, which comes with IPython: use --plain", 1)
 
     def new_start(existing: str | None) -> Start:
-        return Start(argparse.Namespace(**{**vars(arguments), "existing": existing, "name": None}), settings, keep=True)
+        return Start(argparse.Namespace(**{**vars(arguments), "existing": existing, "name": None, "connect": None}),
+                     settings, keep=True)
     terminal = Terminal(start, settings, new_start=new_start, keep=arguments.keep, is_quiet=arguments.quiet,
                         source=source)
     try:
@@ -208,17 +213,20 @@ class Plain:
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             signal.signal(number, self._terminate)
         try:
-            from .client import Client, KernelDied, NotReady
+            from .client import Client, ConnectionLost, KernelDied, NotReady
             try:
                 with Client(self.start.wait()) as self.client:
                     self.start.attend(self.client, self._say)
+                    self.client.watch(self._tell)
                     info = self.client.wait_ready().content
                     self.is_python = (info.get("language_info") or {}).get("name", "python") == "python"
                     return self._run(source, is_batch)
             except KernelDied as died:
                 return fail(self._cause(died), DIED)
             except NotReady as error:
-                return fail(str(error), 2)
+                return fail(str(error), error.exit_code)
+            except ConnectionLost as error:
+                return fail(str(error), 1)
         except BrokenPipeError:
             return BROKEN_PIPE
         except OSError as error:
@@ -230,6 +238,11 @@ class Plain:
         """A line about the connection, from any thread: not of the kernel's output."""
         with contextlib.suppress(OSError):
             print(f"twoproc: {line}", file=sys.stderr)
+
+    def _tell(self, state: str) -> None:
+        """Of a cut link; ssh.py says its own line."""
+        if self.client.info.extra.get("twoproc_remote") and state in ("lost", "back"):
+            self._say(f"the connection to {self.client.address} is {'lost; trying again' if state == 'lost' else state}")
 
     def _terminate(self, number: int, frame: Any) -> None:
         """SIGTERM or SIGHUP is born in main, so that every `finally` on the way out is done."""
@@ -344,7 +357,8 @@ class Plain:
     def run_cell(self, code: str, on_input: Callable[[str, bool], str]) -> int | None:
         """Run a cell to its end; the exit status if it is a reason to stop, else None."""
         pending = self.client.execute_nowait(
-            code, store_history=self.shows_values, allow_stdin=True)
+            # What is stored is also logged, and the log says again what was printed while the link was cut.
+            code, store_history=self.shows_values or self.client.info.is_remote, allow_stdin=True)
         self._is_told = False
         interrupted_at = 0.0
         while True:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEME = "twoproc://"
 UNKNOWN = 6             # the exit code where a kernel's key is not known, or not the one that is known
+NO_KEY = 5              # and where ours is missing, or not authorised
 HELLO_SECONDS = 5.0     # for all that `reach` does
 
 
@@ -46,12 +47,12 @@ class Address(NamedTuple):
 def parse(text: str, default_port: int = 20555) -> Address:
     """twoproc://HOST[:PORT]/KEY; an IPv6 host stands in brackets.  Raises ConnectionFileError, exit code 2."""
     def wrong(fault: str) -> ConnectionFileError:
-        return ConnectionFileError("address %.100s: %s; expected twoproc://HOST:PORT/KEY, as `%s show` prints it on the "
-                                   "kernel's machine" % (ascii(text), fault, keys.COMMAND))
+        return ConnectionFileError("address %.100s: %s; expected twoproc://HOST:PORT/KEY, as `%s show` prints it on "
+                                   "the kernel's machine" % (ascii(text), fault, keys.COMMAND))
 
-    found = re.fullmatch(r"twoproc://(\[[^][/]*\]|[^][/:]*)(?::([^/]*))?(?:/(.*))?", text.strip(), re.S)
+    found = re.fullmatch(r"twoproc://(\[[^][/]*\]|[^][/:]*)(?::([^/:]*))?(?:/(.*))?", text.strip(), re.S)
     if found is None:
-        raise wrong("not understood; is an IPv6 address in brackets?")
+        raise wrong("not understood; does an IPv6 address stand in brackets?")
     host, port, key = found[1], found[2], (found[3] or "").strip("/").lower()
     if host.startswith("["):
         host = host[1:-1]
@@ -114,7 +115,7 @@ def reach(target: str, settings: Settings, timeout: float = HELLO_SECONDS) -> Co
         pair = keys.load_pair(path)
     except FileNotFoundError:
         raise ConnectionFileError("%s: you have no key yet to show to %s; make one: %s new" % (
-            path, address, keys.COMMAND), 5) from None
+            path, address, keys.COMMAND), NO_KEY) from None
     info = ConnectionInfo(
         "tcp", _look_up(address, deadline), *range(address.port, address.port + len(CHANNELS)), key=b"",
         curve_publickey=z85_of(address.key), client_publickey=z85_of(pair.public),
@@ -159,16 +160,17 @@ def _look_up(address: Address, deadline: float) -> str:
 def _why(address: Address, event: str, mechanism: str | None, pair: keys.KeyPair) -> NotReady:
     """Why nobody answered hello."""
     if event == "unauthorised":
-        return NotReady("unauthorised", "the kernel at %s does not let in your key %s; have its owner run: %s authorize "
-                        "\"run %s %s\"" % (address, fingerprint(pair.public), keys.COMMAND, pair.public, pair.name))
+        return NotReady("unauthorised", "the kernel at %s does not let in your key %s; have its owner run: %s "
+                        "authorize \"run %s %s\"" % (address, fingerprint(pair.public), keys.COMMAND, pair.public,
+                                                     pair.name), NO_KEY)
     if event == "connected":
         return NotReady("hello", "the kernel at %s let us in and did not answer: it is stopped, or no twoproc that "
-                                 "listens" % address)
+                                 "listens" % (address,))
     if mechanism is None:
         return NotReady("busy", "something listens at %s and says nothing: the kernel's process is stopped, or its "
-                                "machine is overloaded" % address)
-    return NotReady("key", "the kernel at %s does not have the key %s of this address, or has as many connections as it "
-                    "takes; ask for its address anew" % (address, fingerprint(address.key)))
+                                "machine is overloaded" % (address,))
+    return NotReady("key", "the kernel at %s does not have the key %s of this address, or has as many connections as "
+                    "it takes; ask for its address anew" % (address, fingerprint(address.key)), UNKNOWN)
 
 
 def _understand(answer: bytes, info: ConnectionInfo, address: Address) -> ConnectionInfo:
@@ -176,13 +178,13 @@ def _understand(answer: bytes, info: ConnectionInfo, address: Address) -> Connec
     try:
         said: Any = json.loads(answer[:100_000])
         if said == {}:
-            raise NotReady("unauthorised", "the kernel at %s does not let in your key any more" % address)
+            raise NotReady("unauthorised", "the kernel at %s does not let in your key any more" % (address,), NO_KEY)
         key, scheme = said["key"], said["signature_scheme"]
         if not key.isascii() or not key or scheme.removeprefix("hmac-") not in hashlib.algorithms_guaranteed:
             raise ValueError
         words = {"twoproc_" + name: str(said.get(name) or "")[:100] for name in ("rights", "user")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise NotReady("hello", "the kernel at %s answers in words that this version does not understand: is it of "
-                                "another version?" % address) from None
+                                "another version?" % (address,)) from None
     return info._replace(key=key.encode("ascii"), signature_scheme=scheme,
                          kernel_name=str(said.get("kernel_name") or ""), extra={**info.extra, **words})

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Start:
-    """The kernel: being started by a thread from the first moment on, or found.
+    """The kernel: being started by a thread from the first moment on, or found; raises what keeps it from being found.
 
     env: variables for a kernel that is started.  process: its launcher.KernelProcess, None for somebody
     else's kernel.  connection_file: None for a kernel on another machine.  name: what it is called.  join: the command
@@ -38,6 +38,7 @@ class Start:
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._tunnel: ssh.Tunnel | None = None
+        self._info: connection.ConnectionInfo | None = None
         self.connection_file: str | None = None
         if arguments.ssh is not None:
             from .ssh import Tunnel
@@ -47,6 +48,12 @@ class Start:
             self._tunnel = Tunnel(arguments.ssh, settings["network.ssh_python"], words)
             self.name = self._tunnel.name
             self.join = f"{join_command(self.name)} --ssh {arguments.ssh}"
+            return
+        if arguments.connect is not None:
+            from .remote import reach
+            self._info = reach(arguments.connect, settings)
+            self.name = self._info.extra["twoproc_name"]
+            self.join = f"{frontend_command()} --connect {self.name}"
             return
         if arguments.existing is not None:
             self._use(connection.find_connection_file(arguments.existing or None))
@@ -80,7 +87,7 @@ class Start:
             self._thread.join()
         if self.error is not None:
             raise self.error
-        return self._tunnel.info if self._tunnel is not None else self.process or self.connection_file
+        return self._tunnel.info if self._tunnel is not None else self._info or self.process or self.connection_file
 
     def attend(self, client: Client, say: Callable[[str], None]) -> None:
         """What is known of the kernel beside its connection, goes to this client; of the connection, to say(line)."""
@@ -105,7 +112,11 @@ def banner(start: Start) -> list[str]:
 
 
 def join_command(name: str) -> str:
-    return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend --existing {name}"
+    return f"{frontend_command()} --existing {name}"
+
+
+def frontend_command() -> str:
+    return f"{os.path.basename(sys.executable) or 'python'} -m {__package__}.frontend"
 
 
 # -- the far side of ssh.py: `python -m twoproc.kernel --print-connection`
