@@ -1,6 +1,7 @@
 # Distributed under the terms of the BSD 3-Clause License.
 """Who is there: `python -m twoproc.frontend --list`, with kernels that live, hang, hide and have died."""
 import glob
+import importlib.util
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import unittest
 from twoproc import connection
 
 from . import support, vt
+from .lab import Lab
 
 try:
     import jupyter_client
@@ -120,6 +122,15 @@ class WhoIsThere(Listing):
         terminal.send(":kernels\r")
         terminal.wait(lambda lines: any(
             line.startswith("lab ") and "(this one)  idle   1 client  ~/work" in line for line in lines))
+
+    def test_one_that_listens_is_listed_with_its_address_also_when_it_is_silent(self):
+        lab = self.kernel("lab", *Lab(self, {"alice": "run"}, start=False, home=self.home).arguments)
+        address = lab.info["twoproc_listen"]
+        self.assertEqual(self.found()["lab"]["listen"], address)
+        self.assertIn(f"  listens at {address}", self.list())
+        lab.signal(signal.SIGSTOP)
+        self.addCleanup(lab.signal, signal.SIGCONT)
+        self.assertRegex(self.list(), rf"silent .*  listens at {address}\n$")
 
     def test_no_kernel_is_no_line(self):
         self.assertEqual(self.list(), "")
@@ -249,6 +260,16 @@ class Jupyter(Listing):
         kernel.client().request("control", "shutdown_request", {"restart": False})
         kernel.wait()
         self.assertEqual(os.listdir(self.jupyter), [])
+
+    def test_a_published_kernel_is_what_jupyters_console_joins(self):
+        if importlib.util.find_spec("jupyter_console") is None:
+            self.skipTest("jupyter_console is not installed")
+        self.kernel("lab", "--set", "kernel.publish_jupyter=yes").client().execute("shared = 5")
+        console = vt.Terminal(self, [sys.executable, "-m", "jupyter_console", "--existing"], self.home)
+        console.wait(lambda lines: lines[-1].startswith("In ["))
+        console.send("shared * 7\r")
+        console.wait(lambda lines: any(line.startswith("Out[") and line.endswith(": 35") for line in lines))
+        self.assertEqual(self.found()["lab"]["last_input"], "shared * 7")
 
     def test_kernels_of_others_are_listed_while_their_heart_beats(self):
         path = os.path.join(self.jupyter, "kernel-theirs.json")

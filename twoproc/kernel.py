@@ -268,11 +268,11 @@ class Kernel:
         with contextlib.suppress(OSError):      # it was removed
             folder = os.getcwd()
         state = "starting" if self.interpreter is None else "idle" if self.running is None else "busy"
+        port, listen = self.channels.listening, self.channels.listen
         self.channels.reply_now(channel, message, "twoproc_status_reply", {
-            "status": "ok", "name": connection.kernel_name_of(self.claim.path) if self.claim is not None else "",
-            "pid": self.process, "started": self.started, "cwd": folder, "execution_state": state,
-            "clients": self.channels.subscribers, "execution_count": self.execution_count,
-            "last_input": self.last_input, "listen": self.channels.info.extra.get("twoproc_listen", "")})
+            "status": "ok", "name": self.name, "pid": self.process, "started": self.started, "cwd": folder,
+            "execution_state": state, "clients": self.channels.subscribers, "execution_count": self.execution_count,
+            "last_input": self.last_input, "listen": connection.address(listen.host, port) if listen and port else ""})
 
     def twoproc_resume_request(self, channel: str, message: Message) -> None:
         """A client's connection was cut, and it is back with a new identity: what it may have missed of its cells."""
