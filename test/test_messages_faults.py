@@ -420,6 +420,27 @@ class Contents(FaultCase):
         self.check_serves()
 
 
+@unittest.skipUnless(support.IS_OURS, "keys of ours")
+class OfAGuest(Signatures, Framing, Headers, Contents, Replays):
+    """All of the above from a key that may all, by CURVE. A stranger has such a key, and not the one that signs."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.lab = Lab(cls, {"alice": "admin"}, "--set", "limits.requests_per_second=1000000")
+        cls.kernel = cls.lab.kernel
+
+    def setUp(self):
+        super().setUp()
+        for client in (self.client, self.stranger):
+            client.close()
+        self.client = self.guest()
+        self.stranger = self.guest(ready=False, channels=ROUTERS)
+        self.stranger.key = b"not the key"
+
+    def guest(self, **options):
+        return self.lab.client("alice", self, **options)
+
+
 @unittest.skipUnless(support.IS_OURS, "a list of ours")
 class Buffers(FaultCase):
     """What the signature does not cover: buffers, by their digests in metadata.twoproc_buffers."""
