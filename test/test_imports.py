@@ -37,15 +37,18 @@ ROOMS = {
     "comms": ("", "comm"),
     "admission": ("access mailbox", "zmq"),
     "channels": ("session connection mailbox access admission", "zmq"),
-    "kernel": ("session channels mailbox access keys connection config crashlog recovery sessionlog shell streams start"
-               " launcher", ""),
+    "replies": ("session", ""),
+    "kernel": ("session channels mailbox access keys connection config crashlog recovery replies sessionlog shell"
+               " streams start launcher", ""),
     # whoever talks to it
     "clientchannels": ("session connection mailbox", "zmq"),
-    "client": ("session clientchannels connection replay", ""),
+    "client": ("session clientchannels connection replay link", ""),
     "replay": ("session client", ""),
+    "link": ("session client", ""),
+    "remote": ("clientchannels client config connection keys", ""),
     "launcher": ("connection client crashlog", ""),
     "relay": ("channels client config connection remote session", "zmq"),
-    "start": ("connection config launcher ssh client death", ""),
+    "start": ("connection config launcher ssh remote client death", ""),
     "ssh": ("connection client", ""),
     "death": ("crashlog recovery connection client", ""),
     "cells": ("", ""),
@@ -56,9 +59,10 @@ ROOMS = {
     "frontend": ("client launcher connection config session cells screen painter start terminal death discovery",
                  "IPython"),
 }
-KERNEL_SIDE = {"admission", "channels", "sessionlog", "shell", "history", "completion", "comms", "streams", "kernel"}
-CLIENT_SIDE = {"clientchannels", "client", "replay", "launcher", "start", "ssh", "death", "cells", "screen", "painter",
-               "prompt", "discovery", "terminal", "frontend"}
+KERNEL_SIDE = {"admission", "channels", "sessionlog", "shell", "history", "completion", "comms", "streams", "replies",
+               "kernel"}
+CLIENT_SIDE = {"clientchannels", "client", "replay", "link", "remote", "launcher", "start", "ssh", "death", "cells",
+               "screen", "painter", "prompt", "discovery", "terminal", "frontend"}
 # `kernel --install-kernelspec` and `--print-connection` are commands; a running kernel never loads the other side.
 NEIGHBOURS = {("kernel", "launcher"), ("kernel", "start")}
 HEAVY = ("zmq", "IPython", "prompt_toolkit", "traitlets", "jupyter_client", "ipykernel", "tornado")
