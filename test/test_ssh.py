@@ -17,7 +17,7 @@ from unittest import mock
 
 from twoproc import connection, ssh, start
 
-from . import support, vt
+from . import lab, support, vt
 
 FRONTEND = [sys.executable, "-m", "twoproc.frontend"]
 KERNEL = [sys.executable, "-m", "twoproc.kernel"]
@@ -255,6 +255,11 @@ class Attaching(SshCase):
         self.assertEqual(modes, dict.fromkeys("012345", 0o600))
         terminal.run("1+1", 1)
         self.assertIn("Out[1]: 2", terminal.show())
+
+    def test_a_kernel_that_listens_to_others_too_is_reached_by_its_local_sockets(self):
+        there = lab.Lab(self, {"bob": "view"}, home=self.way.far)
+        self.assert_runs("x = 7; x", "7\n", "--existing", there.kernel.connection_file)
+        self.assert_runs("x", "7\n", "--existing", there.kernel.connection_file)
 
     def test_without_a_kernel_to_join_the_far_side_says_so(self):
         for words in ("--existing",), ("--existing", "nobody"):
