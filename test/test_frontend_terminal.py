@@ -734,6 +734,37 @@ class Leaving(TerminalCase):
         again.prompt(2)
         self.assertIn("Out[2]: 9", again.run("x", 2))
 
+    def test_a_kernel_on_which_somebody_only_looks_is_left_to_him(self):
+        for leaving in (CTRL_D, "exit\r"):
+            with self.subTest(leaving=leaving):
+                name = f"watched-{ord(leaving[0])}"
+                terminal = self.open("--name", name)
+                terminal.run("1", 1)            # the kernel is there
+                with open(os.path.join(self.home.run, "kernels", name + ".json")) as file:
+                    watcher = support.Client(json.load(file))       # and says nothing
+                self.addCleanup(watcher.close)
+                watcher.wait_ready()
+                terminal.send(":who\r")
+                terminal.wait(lambda lines: "2 clients attached, this terminal among them" in lines
+                              and lines[-1] == "In [2]:")
+                terminal.send(leaving)
+                self.assertEqual(terminal.wait_end(), 0)
+                self.assertIn(f"left kernel {name}, it lives on for ", "\n".join(terminal.screen.lines()))
+
+    def test_a_kernel_that_everybody_else_has_left_is_ones_own_again(self):
+        terminal = self.open("--name", "visited")
+        guest = self.start("--quiet", "--existing", "visited", user="bob")
+        guest.prompt(1)
+        guest.run("'was here'", 1)
+        terminal.prompt(2)
+        guest.send("exit\r")
+        self.assertEqual(guest.wait_end(), 0)
+        terminal.send(CTRL_D)
+        terminal.wait("End kernel visited too? [y]es [k]eep it [n]o, stay:")
+        terminal.send("y")
+        self.assertEqual(terminal.wait_end(), 0)
+        self.assertIn("kernel visited ended", terminal.screen.lines())
+
     def test_exit_ends_ones_own_kernel(self):
         terminal = self.open("--name", "ended")
         terminal.send("exit\r")

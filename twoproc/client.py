@@ -591,6 +591,13 @@ class Client:
     def connect_info(self, timeout: float | None = 5.0) -> Message:
         return self._ask("connect_request", {}, timeout)
 
+    def status(self, timeout: float | None = 5.0) -> dict:
+        """What a kernel of ours says of itself (docs/protocol.md), unheard by others; {} where it is not ours."""
+        info = self.kernel_info_reply
+        if info is None or info.content.get("implementation") != "twoproc":
+            return {}
+        return self._ask("twoproc_status_request", {}, timeout).content
+
     @property
     def keeps_log(self) -> bool:
         """Does the kernel say that it keeps a session log?  Known after wait_ready."""

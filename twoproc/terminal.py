@@ -54,7 +54,7 @@ from .start import banner
 INSISTING_SECONDS = 2.0
 # How long after Ctrl-C we keep what still arrives from the screen; a cell that goes on after that is shown again.
 MUFFLED_SECONDS = 1.0
-# Whoever was heard of this long ago counts as still there: the kernel does not say who is attached.
+# Whoever was heard of this long ago counts as still there, at a kernel that does not say how many are.
 PRESENCE_SECONDS = 600.0
 WRITE_CHARS = 1 << 15       # between two looks for Ctrl-C while much is written
 SHOWN_BYTES = 1 << 20       # of the log, at most, when the user asks for it
@@ -838,7 +838,10 @@ class Terminal:
     def command_who(self, argument: str) -> None:
         for name, heard in self.others.values():
             self.painter.say("%-16s heard %d s ago" % (name, time.time() - heard))
-        if not self.others:
+        clients = self._count_clients()
+        if clients:
+            self.painter.say("%d client%s attached, this terminal among them" % (clients, "s"[clients < 2:]))
+        elif not self.others:
             self.painter.say("nobody else was heard of; the kernel tells only when somebody does something")
 
     def command_last(self, argument: str) -> None:
@@ -882,9 +885,22 @@ class Terminal:
 
     # -- leaving
 
+    def _count_clients(self) -> int | None:
+        """How many are attached to a kernel of ours, also those who only look on; None where it does not say."""
+        clients = None
+        if self.client is not None:
+            with contextlib.suppress(KernelDied, TimeoutError, OSError, ValueError):
+                clients = self.client.status(timeout=0.5).get("clients")
+        return clients if type(clients) is int else None
+
     def _others_now(self) -> list[str]:
+        """Who else is there: by name who was heard of, and not at all if nobody is attached any more."""
         limit = time.time() - PRESENCE_SECONDS
-        return sorted({name for name, heard in self.others.values() if heard > limit})
+        heard = sorted({name for name, heard in self.others.values() if heard > limit})
+        clients = self._count_clients()
+        if clients is None or clients > 1 and heard:
+            return heard
+        return [] if clients < 2 else ["somebody" if clients == 2 else "%d others" % (clients - 1)]
 
     def _for_others(self) -> str:
         others = self._others_now()
