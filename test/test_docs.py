@@ -86,7 +86,7 @@ class MessageTable(unittest.TestCase):
 
     def test_every_request_is_answered_by_the_thread_that_the_document_names(self):
         def thread(msg_type):
-            if msg_type in kernel.Kernel.AT_ONCE or msg_type == "input_reply":
+            if msg_type in kernel.Kernel.AT_ONCE or msg_type in ("input_reply", "twoproc_status_request"):
                 return "twoproc-io"
             return "twoproc-helper" if msg_type in kernel.Kernel.BY_HELPER else "main"
         expected = {f"`{msg_type}`": thread(msg_type) for msg_type, kind in MESSAGES.items() if kind.fields is not None}
