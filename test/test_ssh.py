@@ -200,6 +200,10 @@ class SshCase(unittest.TestCase):
             terminal.prompt(number)
         return terminal
 
+    def assert_says(self, terminal, text):
+        """Wherever the screen breaks its line."""
+        self.assertIn("".join(text.split()), "".join(terminal.show().replace("|", " ").split()))
+
     def start_far(self, *words):
         """A kernel of the far side's user; its connection file."""
         process = support.Process(self, [*KERNEL, *words], home=self.way.far)
@@ -454,10 +458,9 @@ class OnATerminal(SshCase):
         os.kill(self.way.masters()[-1], signal.SIGKILL)
         terminal.wait("out of reach, but it lives on: ssh to")
         terminal.wait("[q]uit")
-        text = " ".join(terminal.show().replace("|", " ").split())
-        self.assertIn("Permission denied", text)
-        self.assertIn(f"join it again with --ssh {self.way.destination} --existing", text)
-        self.assertNotIn("died", text)
+        self.assert_says(terminal, "Permission denied")
+        self.assert_says(terminal, f"join it again with --ssh {self.way.destination} --existing")
+        self.assertNotIn("died", terminal.show())
         terminal.send("q")
         terminal.wait_end()
         self.assertEqual(len(self.way.masters()), 2)        # tried once, not until the account is locked
@@ -486,7 +489,7 @@ class OnATerminal(SshCase):
         kernel.wait()
         self.way.behave("")
         terminal.wait("[q]uit")
-        self.assertIn("its kernel has ended", terminal.show())
+        self.assert_says(terminal, "its kernel has ended")
 
     def test_a_kernel_that_is_started_again_there_is_back(self):
         path = os.path.join(self.way.far.run, "kernels", "otter.json")
