@@ -114,6 +114,15 @@ class WhoIsThere(Listing):
         self.assertEqual(client.execute("1").types, ["status", "execute_input", "execute_result", "status"])
         self.assertEqual([message.msg_type for message in client.inbox["iopub"]], [])
 
+    def test_messages_that_are_signed_with_another_key_are_counted(self):
+        kernel = self.kernel("lab")
+        self.assertNotIn("refused", self.list())
+        stranger = kernel.client(ready=False, key=b"guessed")
+        for _ in range(3):
+            stranger.send_execute("1")
+        self.wait_found(lambda found: found["lab"]["refused"] == 3)
+        self.assertIn("  refused 3 messages", self.list())
+
     def test_the_terminal_lists_them_too_and_marks_its_own(self):
         self.kernel("lab")
         terminal = vt.Terminal(self, [sys.executable, "-m", "twoproc.frontend", "--quiet", "--existing", "lab"],

@@ -134,6 +134,7 @@ class KernelChannels:
         self.may_not_wait: Callable[[], bool] = lambda: False   # the calling thread, for room in the outbox
         self.busy_parent: bytes | None = None       # the running cell's header; see _settle
         self.subscribers = 0                        # subscriptions to iopub: one for each usual client
+        self.refused = 0                            # messages that were answered by silence: see session.MessageError
         self._topics = 0                            # the bytes of their topics
         self._flood_at = 0.0                        # when there were too many of them; see _welcome
         self._context = zmq.Context()
@@ -410,6 +411,7 @@ class KernelChannels:
             try:
                 self._handle(sock, channel, user, frames)
             except MessageError as error:
+                self.refused += 1
                 logger.warning("%s: %s", channel, error)
             except Exception:       # a fault of ours costs this message its answer, not everybody the kernel
                 logger.exception("%s: a message could not be handled", channel)

@@ -42,7 +42,8 @@ class Found(NamedTuple):
             since = os.stat(self.path).st_mtime     # written as it began
         return {"name": connection.kernel_name_of(self.path), "kind": "twoproc" if self.is_ours else "jupyter",
                 "pid": connection.holder_pid(self.path), "started": since, "cwd": None, "clients": None,
-                "last_input": None, "execution_count": None, "listen": self.info.extra.get("twoproc_listen", ""),
+                "last_input": None, "execution_count": None, "refused": None,
+                "listen": self.info.extra.get("twoproc_listen", ""),
                 **{name: value for name, value in self.status.items() if name not in ("status", "name")},
                 "execution_state": self.status.get("execution_state", "silent" if self.is_ours else "unknown"),
                 "heartbeat": self.is_beating, "kernel_name": self.info.kernel_name, "connection_file": self.path}
@@ -61,6 +62,8 @@ class Found(NamedTuple):
             parts = ["silent (stopped, or computes in C)"]
         if known["listen"]:
             parts.append("listens at %s" % known["listen"])
+        if known["refused"]:        # somebody has another key, or has no right to be there
+            parts.append("refused %s message%s" % (known["refused"], "" if known["refused"] == 1 else "s"))
         if known["last_input"]:
             parts.append("last: %s" % known["last_input"])
         if self.path == current:

@@ -272,7 +272,8 @@ class Kernel:
         self.channels.reply_now(channel, message, "twoproc_status_reply", {
             "status": "ok", "name": self.name, "pid": self.process, "started": self.started, "cwd": folder,
             "execution_state": state, "clients": self.channels.subscribers, "execution_count": self.execution_count,
-            "last_input": self.last_input, "listen": connection.address(listen.host, port) if listen and port else ""})
+            "last_input": self.last_input, "refused": self.channels.refused,
+            "listen": connection.address(listen.host, port) if listen and port else ""})
 
     def twoproc_resume_request(self, channel: str, message: Message) -> None:
         """A client's connection was cut, and it is back with a new identity: what it may have missed of its cells."""
