@@ -20,9 +20,10 @@ from unittest import mock
 import zmq
 
 from twoproc import client as client_module
-from twoproc import link, remote
+from twoproc import link, remote, replies
 from twoproc.client import Client, ConnectionLost, KernelDied, NotReady, connect
 from twoproc.connection import CHANNELS, ConnectionFileError, fingerprint, hex_of, read_connection_file, z85_of
+from twoproc.session import Message
 
 from . import support
 from .lab import Lab
@@ -333,7 +334,7 @@ class Cut(WireCase):
         ids = [self.near.send_execute("pass", silent=True) for _ in range(201)]
         self.near.reply(ids[-1], deadline=60)
         self.mend()
-        with self.assertRaisesRegex(ConnectionLost, "no longer kept"):
+        with self.assertRaisesRegex(ConnectionLost, "no longer keeps"):
             pending.wait(support.DEADLINE)
 
     def test_another_client_of_this_name_gets_nothing_of_it(self):
@@ -353,6 +354,60 @@ class Cut(WireCase):
             pending.wait(support.DEADLINE)
         self.go("go")
         self.assertEqual(self.execute("print(1)")[0], "1\n")
+
+
+class Remembered(unittest.TestCase):
+    """What a kernel remembers of cells, without one."""
+
+    def setUp(self):
+        self.replies = replies.Replies()
+
+    def cell(self, number, session="s", user="", identity=b"old"):
+        header = {"msg_id": f"{session}_{number}", "session": session}
+        return Message(header, {}, {}, {}, [], [identity], b"{}", user)
+
+    def note(self, *cells, reply=None):
+        for cell in cells:
+            self.replies.note_request(cell)
+            if reply is not None:
+                self.replies.note_reply(cell, reply)
+
+    def resume(self, *numbers, **asker):
+        """(unknown, forgotten, replies) of these cells."""
+        asker = self.cell("asks", identity=b"new", **asker)
+        unknown, forgotten, ended = self.replies.resume(
+            asker, [f"{asker.header['session']}_{number}" for number in numbers])
+        return ([msg_id.rpartition("_")[2] for msg_id in unknown], [msg_id.rpartition("_")[2] for msg_id in forgotten],
+                [cell.reply for cell in ended])
+
+    def test_replies_go_to_who_asks_with_the_session_and_the_key_of_the_cell(self):
+        cell = self.cell(1, user="a" * 64)
+        self.note(cell)
+        for asker in ({"user": "b" * 64}, {"user": ""}, {"session": "t", "user": "a" * 64}):
+            self.assertEqual(self.resume(1, **asker), (["1"], [], []))
+            self.assertEqual(self.replies.route(cell), [b"old"])
+        self.assertEqual(self.resume(1, user="a" * 64), ([], [], []))
+        self.assertEqual(self.replies.route(cell), [b"new"])
+
+    def test_another_cell_with_this_msg_id_takes_nothing_over(self):
+        cell = self.cell(1, user="a" * 64)
+        self.note(cell, self.cell(1, user="b" * 64, identity=b"thief"))
+        self.assertEqual(self.replies.route(cell), [b"old"])
+
+    def test_large_replies_push_out_the_oldest(self):
+        self.note(*map(self.cell, range(5)), reply=b"x" * (1 << 20))
+        self.assertEqual(self.resume(0, 4, 5), (["5"], ["0"], [b"x" * (1 << 20)]))
+
+    def test_of_many_cells_it_stays_certain_which_never_came(self):
+        self.note(*map(self.cell, range(replies.MAX_CELLS + 10)))
+        self.assertEqual(self.resume(3, replies.MAX_CELLS + 10), ([str(replies.MAX_CELLS + 10)], ["3"], []))
+        self.assertEqual(self.resume(1, session="another"), (["1"], [], []))
+        self.assertEqual(self.resume("x"), ([], ["x"], []))
+
+    def test_of_many_sessions_nothing_is_certain_that_is_not_remembered(self):
+        for number in range(2 * replies.MAX_CELLS + 1):
+            self.note(self.cell(1, session=f"s{number}"))
+        self.assertEqual(self.resume(1, session="s0"), ([], ["1"], []))
 
 
 class Death(WireCase):
@@ -575,12 +630,14 @@ class Reaching(unittest.TestCase):
         self.assertIn("authorize \"run %s mallory\"" % hex_of(self.lab.pair("mallory")[0]), text)
 
     def test_a_kernel_with_another_key(self):
-        self.assertRegex(self.refusal("key", 6, self.address(key=hex_of(self.lab.pair("other")[0]))), "not have the key")
+        other = hex_of(self.lab.pair("other")[0])
+        self.assertRegex(self.refusal("key", 6, self.address(key=other)), "not have the key")
 
     def test_a_port_where_nothing_listens(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        self.assertRegex(self.refusal("refused", 2, self.address(port - 3)), f"nothing listens at .*port {port} .control")
+        self.assertRegex(self.refusal("refused", 2, self.address(port - 3)),
+                         f"nothing listens at .*port {port} .control")
 
     def test_a_host_that_does_not_exist(self):
         self.assertRegex(self.refusal("refused", 2, self.address().replace("127.0.0.1", "no-such-host.invalid")),
@@ -664,8 +721,23 @@ class Reaching(unittest.TestCase):
                     pending.wait(support.DEADLINE)
             finally:
                 self.lab.authorize({"alice": "run", "bob": "view"})
+            self.assertEqual(states.get(timeout=support.DEADLINE), "refused")
             self.assertEqual(states.get(timeout=support.DEADLINE), "back")
             self.assertEqual(ours.execute("1", timeout=support.DEADLINE).content["status"], "ok")
+
+    def test_a_key_that_is_withdrawn_while_nobody_asks_anything_is_told_and_comes_back_with_its_new_right(self):
+        states = queue.SimpleQueue()
+        with connect(self.reach()) as ours:
+            ours.watch(states.put)
+            try:
+                self.lab.authorize({"bob": "view"})
+                self.assertEqual(states.get(timeout=support.at_most(3)), "refused")
+                self.lab.authorize({"alice": "input", "bob": "view"})
+                self.assertEqual(states.get(timeout=support.DEADLINE), "back")
+                self.assertEqual(ours.rights, "input")
+                self.assertEqual(ours.is_complete("1").content["status"], "complete")
+            finally:
+                self.lab.authorize({"alice": "run", "bob": "view"})
 
 
 class CommandLine(unittest.TestCase):
@@ -729,7 +801,7 @@ class CommandLine(unittest.TestCase):
         process = support.Process(self, [
             sys.executable, "-m", "twoproc.frontend", "--connect",
             f"twoproc://127.0.0.1:{wire.info.shell_port}/{hex_of(self.lab.host_key)}", path], home=self.guest)
-        support.wait_until(lambda: "50\n" in process.output(), what=lambda: process.log())
+        support.wait_until(lambda: "50\n" in process.output(), what=process.log)
         wire.cut()
         support.wait_until(lambda: "lost; trying again" in process.log())
         with open(go, "w"):

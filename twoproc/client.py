@@ -491,8 +491,8 @@ class Client:
         """Have `callback` called with "died" or "alive" when that changes; returns what ends it.
 
         "alive" comes when a kernel answers again at the same address.  With a network in between also with "lost"
-        when the connection is cut, and "back" when the kernel has answered again.  Called on twoproc-client: must
-        not wait.
+        when the connection is cut, and "back" when the kernel has answered again, or "refused" when it
+        does not let our key in any more.  Called on twoproc-client: must not wait.
         """
         self._watchers = [*self._watchers, callback]
         return lambda: setattr(self, "_watchers", [other for other in self._watchers if other is not callback])
@@ -592,11 +592,16 @@ class Client:
         return self._ask("connect_request", {}, timeout)
 
     def status(self, timeout: float | None = 5.0) -> dict:
-        """What a kernel of ours says of itself (docs/protocol.md), unheard by others; {} where it is not ours."""
+        """What a kernel of ours says of itself (docs/protocol.md), unheard by others; {} where it is not ours.
+
+        `rights` are then those of this moment.
+        """
         info = self.kernel_info_reply
         if info is None or info.content.get("implementation") != "twoproc":
             return {}
-        return self._ask("twoproc_status_request", {}, timeout).content
+        content = self._ask("twoproc_status_request", {}, timeout).content
+        self.rights = str(content.get("rights") or self.rights)
+        return content
 
     @property
     def keeps_log(self) -> bool:
@@ -787,8 +792,10 @@ class Client:
             if self.died is not None and not self._link.is_over:
                 self._revive()
         elif self.info.is_remote:
+            if event == "unauthorised" and self._was_connected:     # iopub was cut, and may not come back
+                self._link.lose(is_refused=True)
             # Told of a connection that was there, also where another socket is still connecting.
-            if event == "disconnected" and self.died is None and self._dying is None:
+            elif event == "disconnected" and self.died is None and self._dying is None:
                 if self._shutdown is None:
                     self._link.lose()
                 else:

@@ -242,7 +242,10 @@ class Plain:
     def _tell(self, state: str) -> None:
         """Of a cut link; ssh.py says its own line."""
         if self.client.info.extra.get("twoproc_remote") and state in ("lost", "back"):
-            self._say(f"the connection to {self.client.address} is {'lost; trying again' if state == 'lost' else state}")
+            how = "lost; trying again" if state == "lost" else state
+            self._say(f"the connection to {self.client.address} is {how}")
+        elif state == "refused":
+            self._say(f"the kernel at {self.client.address} does not let your key in any more")
 
     def _terminate(self, number: int, frame: Any) -> None:
         """SIGTERM or SIGHUP is born in main, so that every `finally` on the way out is done."""

@@ -273,6 +273,7 @@ class Kernel:
             "status": "ok", "name": self.name, "pid": self.process, "started": self.started, "cwd": folder,
             "execution_state": state, "clients": self.channels.subscribers, "execution_count": self.execution_count,
             "last_input": self.last_input, "refused": self.channels.refused,
+            "rights": self.channels.access.rights(message.user) if self.channels.access is not None else "admin",
             "listen": connection.address(listen.host, port) if listen and port else ""})
 
     def twoproc_resume_request(self, channel: str, message: Message) -> None:
@@ -285,7 +286,10 @@ class Kernel:
         asking = self._asking
         if asking is not None and asking[0].msg_id in message.content["msg_ids"]:
             self._send_question(*asking)
-        self.reply(message, "twoproc_resume_reply", {"status": "ok", "unknown": unknown, "forgotten": forgotten})
+        access = self.channels.access
+        rights = access.rights(message.user) if access is not None else "admin"     # they may have changed meanwhile
+        self.reply(message, "twoproc_resume_reply", {"status": "ok", "unknown": unknown, "forgotten": forgotten,
+                                                     "rights": rights})
 
     def _was_before_restart(self, header: dict) -> bool:
         """A message captured from the wire and sent again to our successor with the same key is not run twice."""
@@ -767,7 +771,7 @@ class Kernel:
             self.channels.receive_shell()
             queued = self.channels.requests.take(
                 lambda other: other is not None and other.msg_type == "execute_request"
-                and self._replies.route(other) == self._replies.route(message))     # all: behind one relay are several clients
+                and self._replies.route(other) == self._replies.route(message))   # all: a relay has several
             self.reply(message, "execute_reply", reply)
             self.status("idle", message)
             for other in queued:

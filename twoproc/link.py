@@ -37,7 +37,7 @@ class Link:
     """Is there a connection?  And the way back to one."""
 
     def __init__(self, client: Client):
-        self.is_lost = False
+        self.is_lost = self._is_refused = False
         self.is_over = False                # what answers now has another key, and will not be ours
         self._client = client
         self._kernel = ""                   # the session of the kernel that we lost
@@ -49,7 +49,7 @@ class Link:
         self._refused_since: float | None = None
         self._retry_at: float | None = None
 
-    def lose(self) -> None:
+    def lose(self, is_refused: bool = False) -> None:
         """The connection was cut: all of it, for of five sockets the others will follow, or hang."""
         client = self._client
         if self._question is not None:
@@ -60,13 +60,16 @@ class Link:
         self._bad_signatures, self._retry_at = client._channels.bad_signatures, None
         if self.is_lost:
             return
-        self.is_lost = True
+        self.is_lost, self._is_refused = True, False
         self._kernel = client._kernel
         self._at_risk = list(client._table.values())
         for pending in self._at_risk:
             pending._ask_again()
         self._look_at, self._refused_since = time.monotonic() + LOOK_SECONDS, None
-        client._tell("lost")
+        if is_refused:
+            self.hear("unauthorised")
+        else:
+            client._tell("lost")
 
     def hear(self, event: str) -> None:
         """An event of the connection while it is lost."""
@@ -77,6 +80,9 @@ class Link:
         elif event == "unauthorised" and self._retry_at is None:
             self._client._fail_all(self._lost("the kernel does not let in your key any more"))
             self._retry_at = time.monotonic() + RETRY_SECONDS
+            if not self._is_refused:
+                self._is_refused = True
+                self._client._tell("refused")
 
     def tick(self) -> float | None:
         """While it is lost: look around; returns the seconds until the next look."""
@@ -154,6 +160,8 @@ class Link:
             return
         at_risk, held, is_known = self._at_risk, client._channels.held, reply.msg_type == "twoproc_resume_reply"
         self._question = None
+        if is_known and type(reply.content.get("rights")) is str:
+            client.rights = reply.content["rights"]
         client._order.ask_again()
         for pending in at_risk:
             if pending.msg_id in client._table and pending not in held:
@@ -175,7 +183,7 @@ class Link:
         if pending.msg_id in _list(content.get("unknown")):
             return "the cell had not reached the kernel: it is certain that it did not run"
         if pending.msg_id in _list(content.get("forgotten")):
-            return "the cell has run, and its reply is no longer kept"
+            return "the kernel no longer keeps what became of the cell; it may have run"
         return ""
 
     def _lost(self, text: str) -> Exception:

@@ -364,7 +364,12 @@ class Terminal:
         if client is self.client and "twoproc_forwarded" not in client.info.extra:
             self.painter.say("the connection to kernel %s is lost; trying again" % self.name)
 
+    def handle_refused(self, client: Client) -> None:
+        if client is self.client:
+            self.painter.say("kernel %s does not let your key in any more; trying again, should that change" % self.name)
+
     def handle_back(self, client: Client) -> None:
+        self.prompt.rights = client.rights
         if client is self.client and "twoproc_forwarded" not in client.info.extra:
             self.painter.say("the connection to kernel %s is there again" % self.name)
 
@@ -607,6 +612,9 @@ class Terminal:
         client = self.client
         if client is None or is_allowed(client.rights, needed):
             return True
+        self._ask_kernel()      # it may have been given meanwhile
+        if is_allowed(client.rights, needed):
+            return True
         self.painter.say("%s: kernel %s gives your key%s the right %r, and %s needs %r" % (
             "view only" if client.rights == "view" else "not allowed", self.name,
             " (%s)" % client.user if client.user else "", client.rights, what, needed))
@@ -619,6 +627,8 @@ class Terminal:
             return False
         self.painter.say(" ".join(screen.without_escapes(
             "kernel %s: %s: %s" % (self.name, content.get("ename"), content.get("evalue"))).split()))
+        if content.get("ename") == "NotAllowed":
+            self._ask_kernel()
         return True
 
     def _wait_client(self) -> bool:
@@ -838,7 +848,7 @@ class Terminal:
     def command_who(self, argument: str) -> None:
         for name, heard in self.others.values():
             self.painter.say("%-16s heard %d s ago" % (name, time.time() - heard))
-        clients = self._count_clients()
+        clients = self._ask_kernel()
         if clients:
             self.painter.say("%d client%s attached, this terminal among them" % (clients, "s"[clients < 2:]))
         elif not self.others:
@@ -885,20 +895,21 @@ class Terminal:
 
     # -- leaving
 
-    def _count_clients(self) -> int | None:
-        """How many are attached to a kernel of ours, also those who only look on; None where it does not say."""
-        clients = None
+    def _ask_kernel(self) -> int:
+        """How many are attached to a kernel of ours, 0 where it does not say; and what our key may do by now."""
+        clients = 0
         if self.client is not None:
             with contextlib.suppress(KernelDied, TimeoutError, OSError, ValueError):
                 clients = self.client.status(timeout=0.5).get("clients")
-        return clients if type(clients) is int else None
+            self.prompt.rights = self.client.rights
+        return clients if type(clients) is int else 0
 
     def _others_now(self) -> list[str]:
         """Who else is there: by name who was heard of, and not at all if nobody is attached any more."""
         limit = time.time() - PRESENCE_SECONDS
         heard = sorted({name for name, heard in self.others.values() if heard > limit})
-        clients = self._count_clients()
-        if clients is None or clients > 1 and heard:
+        clients = self._ask_kernel()
+        if clients < 1 or clients > 1 and heard:
             return heard
         return [] if clients < 2 else ["somebody" if clients == 2 else "%d others" % (clients - 1)]
 
