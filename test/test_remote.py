@@ -443,6 +443,7 @@ class Death(WireCase):
         self.wire.mend(read_connection_file(other.connection_file))
         with self.assertRaisesRegex(KernelDied, "another kernel answers"):
             pending.wait(support.DEADLINE)
+        self.wait_state("died")
         self.assertEqual(self.states, ["lost", "died"])
 
     def test_a_kernel_is_dead_where_its_machine_refuses_for_a_while(self):
@@ -451,6 +452,7 @@ class Death(WireCase):
             self.cut(refuse=True)
             with self.assertRaisesRegex(KernelDied, "nothing listens at .* any more"):
                 pending.wait(support.DEADLINE)
+        self.wait_state("died")
         self.assertEqual(self.states, ["lost", "died"])
 
     def test_a_kernel_that_is_shut_down_is_dead_at_once(self):
@@ -598,6 +600,10 @@ class Reaching(unittest.TestCase):
         with contextlib.suppress(NotReady):
             return self.reach(target)
 
+    def restore(self):
+        self.lab.authorize({"alice": "run", "bob": "view"})
+        support.wait_until(lambda: self.try_reach(self.address()))
+
     # -- it does not
 
     def test_a_name_that_is_not_known(self):
@@ -720,7 +726,7 @@ class Reaching(unittest.TestCase):
                 with self.assertRaisesRegex(ConnectionLost, "does not let in your key"):
                     pending.wait(support.DEADLINE)
             finally:
-                self.lab.authorize({"alice": "run", "bob": "view"})
+                self.restore()
             self.assertEqual(states.get(timeout=support.DEADLINE), "refused")
             self.assertEqual(states.get(timeout=support.DEADLINE), "back")
             self.assertEqual(ours.execute("1", timeout=support.DEADLINE).content["status"], "ok")
@@ -737,7 +743,7 @@ class Reaching(unittest.TestCase):
                 self.assertEqual(ours.rights, "input")
                 self.assertEqual(ours.is_complete("1").content["status"], "complete")
             finally:
-                self.lab.authorize({"alice": "run", "bob": "view"})
+                self.restore()
 
 
 class CommandLine(unittest.TestCase):

@@ -116,10 +116,10 @@ def reach(target: str, settings: Settings, timeout: float = HELLO_SECONDS) -> Co
     except FileNotFoundError:
         raise ConnectionFileError("%s: you have no key yet to show to %s; make one: %s new" % (
             path, address, keys.COMMAND), NO_KEY) from None
+    ports: dict[str, Any] = {channel + "_port": address.port + at for at, channel in enumerate(CHANNELS)}
     info = ConnectionInfo(
-        "tcp", _look_up(address, deadline), *range(address.port, address.port + len(CHANNELS)), key=b"",
-        curve_publickey=z85_of(address.key), client_publickey=z85_of(pair.public),
-        client_secretkey=z85_of(pair.secret),
+        "tcp", _look_up(address, deadline), **ports, key=b"", curve_publickey=z85_of(address.key),
+        client_publickey=z85_of(pair.public), client_secretkey=z85_of(pair.secret),
         extra={"twoproc_remote": True, "twoproc_address": str(address), "twoproc_name": name})
     mechanism = knock(info, "control")
     if isinstance(mechanism, NotReady):

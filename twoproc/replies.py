@@ -9,6 +9,10 @@ No thread: twoproc-io notes and looks up, main notes replies, each by single ope
 """
 from __future__ import annotations
 
+import re
+import sys
+from typing import Any
+
 from collections import deque
 
 from .session import Message
@@ -33,12 +37,19 @@ def _name(message: Message, msg_id: str) -> tuple:
     return message.user, message.header.get("session"), msg_id
 
 
+def _number(msg_id: Any) -> int:
+    """Clients number their messages, behind a `_`: what is newer than what was forgotten was not forgotten."""
+    digits = str(msg_id).rpartition("_")[2]
+    return int(digits) if re.fullmatch("[0-9]{1,15}", digits) else sys.maxsize
+
+
 class Replies:
     """The latest cells."""
 
     def __init__(self) -> None:
         self._cells: dict[tuple, Cell] = {}
-        self._is_whole = True           # nothing was forgotten: who is not here was never here
+        self._forgotten: dict[tuple, int] = {}      # user and session -> number of the newest cell that is not here now
+        self._is_whole = True           # that much is known of all sessions
         self._kept: deque[Cell] = deque()       # with a reply, oldest first
         self._kept_bytes = 0            # roughly: main and twoproc-io both reply
 
@@ -46,20 +57,27 @@ class Replies:
     def note_request(self, message: Message) -> None:
         self._cells[_name(message, message.msg_id)] = Cell(message)
         if len(self._cells) > MAX_CELLS:
-            del self._cells[next(iter(self._cells))]
-            self._is_whole = False
+            user, session, msg_id = oldest = next(iter(self._cells))
+            del self._cells[oldest]
+            self._forgotten[user, session] = max(_number(msg_id), self._forgotten.pop((user, session), 0))
+            if len(self._forgotten) > MAX_CELLS:
+                del self._forgotten[next(iter(self._forgotten))]
+                self._is_whole = False
 
     def resume(self, asker: Message, msg_ids: list) -> tuple[list[str], list[str], list[Cell]]:
         """Send to this client from now on what its cells have to say.
 
-        Returns the msg_ids that were never here, those that have ended and whose reply is no longer kept, and the
-        cells with a reply.
+        Returns the msg_ids that surely were never here, those that may have been and of which there is no reply, and
+        the cells with a reply.
         """
-        unknown, forgotten, ended = [], [], []
+        unknown: list[str] = []
+        forgotten: list[str] = []
+        ended: list[Cell] = []
+        newest = self._forgotten.get((asker.user, asker.header.get("session")), -1 if self._is_whole else sys.maxsize)
         for msg_id in msg_ids:
             cell = self._cells.get(_name(asker, str(msg_id)))
             if cell is None:
-                (unknown if self._is_whole else forgotten).append(msg_id)
+                (unknown if newest < 0 or newest < _number(msg_id) < sys.maxsize else forgotten).append(msg_id)
                 continue
             cell.identities = asker.identities      # first: what main sends after this look goes there
             if cell.reply is not None:
