@@ -122,6 +122,8 @@ CONTENTS = [
     ("detail_level 7", "inspect_request", {**AT_ONE, "detail_level": 7}, ERROR),
     ("no code", "is_complete_request", {}, ERROR),
     ("code a list", "is_complete_request", {"code": []}, ERROR),
+    ("code of 5 MB", "is_complete_request", {"code": "#" * (5 * MB)}, ERROR),
+    ("20 MB of lists", "kernel_info_request", b'{"a":[' + b"[]," * (7 * MB) + b"[]]}", ERROR),
     ("hist_access_type bogus", "history_request", {"hist_access_type": "bogus"}, ERROR),
     ("no hist_access_type", "history_request", {}, ERROR),
     ("n = -1", "history_request", {"hist_access_type": "tail", "n": -1}, ERROR),

@@ -299,6 +299,23 @@ class Refusals(unittest.TestCase):
             receiver.deserialize([*self.good, b"x" * 1000])
         receiver.deserialize([b"id", *self.good, b""])
 
+    def test_a_question_is_shorter_than_code_may_be_and_so_is_all_of_who_may_not_run_any(self):
+        content = json.dumps({"code": "x" * (5 << 20)}).encode()
+        for msg_type, may_run, is_read in (("execute_request", True, True), ("execute_request", False, False),
+                                           ("complete_request", True, False), ("comm_msg", True, True)):
+            with self.subTest(msg_type, may_run=may_run):
+                for parts in ((self.header(msg_type=msg_type), {}, {}, content),
+                              (self.header(msg_type=msg_type), {}, content, {})):
+                    receiver = Session(KEY, replay_memory=100)
+                    if is_read:
+                        receiver.deserialize(self.signed(*parts), may_run)
+                    else:
+                        with self.assertRaises(BadMessage) as caught:
+                            receiver.deserialize(self.signed(*parts), may_run)
+                        self.assertIn("expected at most 4194304", str(caught.exception))
+        reply = self.signed(self.header(msg_type="history_reply"), {}, {}, content)
+        self.assertEqual(len(Session(KEY).deserialize(reply).content["code"]), 5 << 20)     # to a client
+
     def test_headers_that_nobody_could_be_answered_about(self):
         for header in (b"{", b"\xff", [], None, 5, "x", self.header(msg_id=...), self.header(msg_id=5),
                        self.header(msg_id=""), self.header(msg_id="x" * 2**20), self.header(msg_id="x" * 257),

@@ -424,7 +424,8 @@ class KernelChannels:
                 self._send(sock, [frames[0], HELLO, self.on_hello(user)])
                 return
         try:
-            message = self.session.deserialize(frames)
+            may_run = not user or self.access is None or self.access.rights(user) in ("run", "admin")
+            message = self.session.deserialize(frames, may_run)
             self.on_message(channel, message._replace(user=user) if user else message)
         except BadMessage as error:
             error.message = error.message._replace(user=user)

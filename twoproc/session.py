@@ -28,12 +28,14 @@ import os
 import uuid
 from collections import deque
 from datetime import date, datetime, timezone
-from typing import Any, Iterable, NamedTuple
+from typing import Any, Collection, Iterable, NamedTuple
 
 PROTOCOL_VERSION = "5.5"
 DELIMITER = b"<IDS|MSG>"
 REQUIRED = object()
 MAX_HEADER = 65_536         # bytes of a header, and of the parent header that repeats it
+MAX_QUESTION = 4 << 20      # bytes of metadata and content, but for those that bring what is the user's:
+LARGE = {"execute_request", "comm_open", "comm_msg", "comm_close", "input_reply"}
 UTC = timezone.utc
 
 
@@ -284,6 +286,7 @@ class Session:
         self._digest_length = 2 * hashlib.new(self._digest).digest_size
         # Without a key anybody may write anything, again too; there is nothing to guard.
         self._guard = ReplayGuard(replay_memory) if replay_memory and key else None
+        self._is_kernel = bool(replay_memory)
         self._read = json.JSONDecoder(parse_constant=_refuse_constant if replay_memory else None).decode
         self._max_frames, self._max_message = max_frames, max_message
         self._count = itertools.count(1)
@@ -317,9 +320,10 @@ class Session:
                   content if isinstance(content, bytes) else encode(content)]
         return [DELIMITER, self.sign(frames), *frames, *buffers]
 
-    def deserialize(self, frames: list[bytes]) -> Message:
+    def deserialize(self, frames: list[bytes], may_run: bool = True) -> Message:
         """Verify and decode one message; frames as received, routing identities or topic first.
 
+        may_run: the sender may have code run, and messages of his as large as that needs.
         Raises SignatureError, MalformedMessage (both: stay silent) or BadMessage (answer with an error).
         Cheap checks come first, and nothing is parsed or remembered before the signature is right.
         """
@@ -337,7 +341,7 @@ class Session:
             raise MalformedMessage("%d frames after the delimiter, expected 5 or more" % (len(frames) - at - 1))
         if self.key:
             self._verify(frames[at + 1], signed)
-        return self._decode(signed, frames[at + 6:], frames[:at])
+        return self._decode(signed, frames[at + 6:], frames[:at], LARGE if may_run else ())
 
     def _verify(self, signature: bytes, signed: list[bytes]) -> None:
         if len(signature) != self._digest_length or signature.translate(None, b"0123456789abcdef"):
@@ -348,7 +352,8 @@ class Session:
         if self._guard is not None and self._guard.has(signature):
             raise SignatureError("this message was received before")
 
-    def _decode(self, signed: list[bytes], buffers: list[bytes], identities: list[bytes]) -> Message:
+    def _decode(self, signed: list[bytes], buffers: list[bytes], identities: list[bytes],
+                large: Collection[str]) -> Message:
         header_bytes = signed[0]
         header = self._object(header_bytes, "header")
         msg_id, msg_type, session = header.get("msg_id"), header.get("msg_type"), header.get("session")
@@ -368,6 +373,10 @@ class Session:
         version = header.get("version", PROTOCOL_VERSION)
         if type(version) is not str or version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
             raise BadMessage("protocol version %.60r, expected %s" % (version, PROTOCOL_VERSION), message)
+        if self._is_kernel and msg_type not in large and len(signed[2]) + len(signed[3]) > MAX_QUESTION:
+            # As objects 60 MB of [[],[],[] would be 1.3 GB, and a key that may only look can send them.
+            raise BadMessage("%s: metadata and content have %d bytes, expected at most %d"
+                             % (msg_type, len(signed[2]) + len(signed[3]), MAX_QUESTION), message)
         try:
             if signed[1] != self._parent[0]:
                 if len(signed[1]) > MAX_HEADER:     # it is kept, and repeated in what answers it
