@@ -150,7 +150,32 @@ class AtTheTerminal(RightsCase):
             terminal.send(f"late = {count}\r")
             count += 1
             terminal.wait(lambda lines, prompt=f"In [{count}]:": said in lines or lines[-1] == prompt)
+        terminal.wait(lambda lines: lines[-1] == "[view]:")
         self.assertNotIn("Traceback", terminal.raw)
+
+    def test_a_right_that_was_given_meanwhile_needs_no_new_start(self):
+        terminal = self.open("viewer")
+        count = self.count()
+        self.lab.authorize({**self.users, "viewer": "run"})
+        self.addCleanup(self.lab.authorize, self.users)
+        tries, done = 0, f"In [{count + 1}]:"
+        while terminal.screen.lines()[-1] == "[view]:":
+            terminal.send("given = 1\r")
+            tries += 1
+            terminal.wait(lambda lines, tries=tries: lines[-1] == done or lines[-1] == "[view]:" and tries == sum(
+                line.startswith("view only: ") for line in terminal.screen.all_lines()))
+        self.assertTrue(self.is_there("given"))
+
+    def test_a_key_that_is_withdrawn_is_said_and_let_in_again_when_it_is_back(self):
+        terminal = self.open("viewer")
+        self.lab.authorize({"typist": "input", "runner": "run"})
+        self.addCleanup(self.lab.authorize, self.users)
+        terminal.wait("kernel lab does not let your key in any more")
+        self.alice.execute("after = 'withdrawn'")
+        self.lab.authorize(self.users)
+        terminal.wait("there again")
+        self.alice.execute("print('seen', 'again')")
+        terminal.wait(lambda lines: "test | seen again" in lines and lines[-1] == "[view]:")
 
 
 class CutOff(RightsCase):

@@ -897,7 +897,7 @@ class Terminal:
 
     def _ask_kernel(self) -> int:
         """How many are attached to a kernel of ours, 0 where it does not say; and what our key may do by now."""
-        clients = 0
+        clients: Any = 0
         if self.client is not None:
             with contextlib.suppress(KernelDied, TimeoutError, OSError, ValueError):
                 clients = self.client.status(timeout=0.5).get("clients")
