@@ -12,6 +12,7 @@ import string
 import tracemalloc
 import unittest
 from datetime import datetime, timedelta, timezone
+from unittest import mock
 
 from twoproc import session
 from twoproc.session import BadMessage, MalformedMessage, MessageError, ReplayGuard, Session, SignatureError
@@ -523,6 +524,30 @@ class OnceOnly(PropertyCase):
             with self.assertRaises(BadMessage):     # for its session; its signature is remembered
                 receiver.deserialize(self.signed_header({"msg_id": "1", "session": "%d" % number + "x" * 30_000}))
         self.assertLess(tracemalloc.get_traced_memory()[0] - before, 500_000)
+
+    def test_who_has_a_key_shuts_nobody_out_but_himself(self):
+        """By dates of the far future: in another's name, and in so many names that all others are forgotten."""
+        with mock.patch.object(ReplayGuard, "SESSIONS", 5):
+            receiver = Session(KEY, replay_memory=5)
+            for number in range(50):
+                date = NOON + timedelta(days=30_000, seconds=number)
+                receiver.deserialize(self.message("victim" if number < 20 else f"x{number}", date, number),
+                                     user="mallory")
+        for name, user in (("victim", ""), ("victim", "alice"), ("new", ""), ("new", "alice")):
+            receiver.deserialize(self.message(name, NOON, user), user=user)
+            with self.assertRaises(SignatureError):
+                receiver.deserialize(self.message(name, NOON, user), user=user)
+        with self.assertRaises(SignatureError):
+            receiver.deserialize(self.message("victim", NOON, 60), user="mallory")
+
+    def test_a_long_header_is_not_even_parsed(self):
+        header = b'{"msg_id":"1","session":"s","msg_type":"status","x":[' + b"[]," * 500_000 + b"0]}"
+        parts = [header, b"{}", b"{}", b"{}"]
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        with self.assertRaises(MalformedMessage):
+            Session(KEY).deserialize([DELIMITER, sign(KEY, parts), *parts])
+        self.assertLess(tracemalloc.get_traced_memory()[1], 10_000_000)
 
     def test_a_parent_header_is_as_long_as_a_header_at_most(self):
         header = json.dumps({"msg_id": "1", "session": "s", "msg_type": "status"}).encode()

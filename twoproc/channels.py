@@ -425,7 +425,7 @@ class KernelChannels:
                 return
         try:
             may_run = not user or self.access is None or self.access.rights(user) in ("run", "admin")
-            message = self.session.deserialize(frames, may_run)
+            message = self.session.deserialize(frames, may_run, user)
             self.on_message(channel, message._replace(user=user) if user else message)
         except BadMessage as error:
             error.message = error.message._replace(user=user)

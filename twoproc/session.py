@@ -286,6 +286,7 @@ class Session:
         self._digest_length = 2 * hashlib.new(self._digest).digest_size
         # Without a key anybody may write anything, again too; there is nothing to guard.
         self._guard = ReplayGuard(replay_memory) if replay_memory and key else None
+        self._guards: dict[str, ReplayGuard] = {}       # of those who come with a key of their own
         self._is_kernel = bool(replay_memory)
         self._read = json.JSONDecoder(parse_constant=_refuse_constant if replay_memory else None).decode
         self._max_frames, self._max_message = max_frames, max_message
@@ -320,10 +321,11 @@ class Session:
                   content if isinstance(content, bytes) else encode(content)]
         return [DELIMITER, self.sign(frames), *frames, *buffers]
 
-    def deserialize(self, frames: list[bytes], may_run: bool = True) -> Message:
+    def deserialize(self, frames: list[bytes], may_run: bool = True, user: str = "") -> Message:
         """Verify and decode one message; frames as received, routing identities or topic first.
 
         may_run: the sender may have code run, and messages of his as large as that needs.
+        user: his key. What he says, in whose name and of what date, shuts nobody out but himself.
         Raises SignatureError, MalformedMessage (both: stay silent) or BadMessage (answer with an error).
         Cheap checks come first, and nothing is parsed or remembered before the signature is right.
         """
@@ -339,27 +341,32 @@ class Session:
         signed = frames[at + 2:at + 6]
         if len(signed) < 4:
             raise MalformedMessage("%d frames after the delimiter, expected 5 or more" % (len(frames) - at - 1))
+        guard = self._guard
+        if user and guard is not None:
+            guard = self._guards.get(user) or self._guards.setdefault(user, ReplayGuard(guard.size))
         if self.key:
-            self._verify(frames[at + 1], signed)
-        return self._decode(signed, frames[at + 6:], frames[:at], LARGE if may_run else ())
+            self._verify(frames[at + 1], signed, guard)
+        return self._decode(signed, frames[at + 6:], frames[:at], LARGE if may_run else (), guard)
 
-    def _verify(self, signature: bytes, signed: list[bytes]) -> None:
+    def _verify(self, signature: bytes, signed: list[bytes], guard: ReplayGuard | None) -> None:
         if len(signature) != self._digest_length or signature.translate(None, b"0123456789abcdef"):
             raise SignatureError("no signature" if not signature else
                                  "the signature is not %d lower-case hexadecimal digits" % self._digest_length)
         if not hmac.compare_digest(self.sign(signed), signature):
             raise SignatureError("wrong signature: the sender has another key")
-        if self._guard is not None and self._guard.has(signature):
+        if guard is not None and guard.has(signature):
             raise SignatureError("this message was received before")
 
     def _decode(self, signed: list[bytes], buffers: list[bytes], identities: list[bytes],
-                large: Collection[str]) -> Message:
+                large: Collection[str], guard: ReplayGuard | None) -> Message:
         header_bytes = signed[0]
+        if len(header_bytes) > MAX_HEADER:      # first: as objects 60 MB are more than 1 GB
+            raise MalformedMessage("the header has %d bytes, expected at most %d" % (len(header_bytes), MAX_HEADER))
         header = self._object(header_bytes, "header")
         msg_id, msg_type, session = header.get("msg_id"), header.get("msg_type"), header.get("session")
-        if type(msg_id) is not str or not 0 < len(msg_id) <= 256 or len(header_bytes) > MAX_HEADER:
+        if type(msg_id) is not str or not 0 < len(msg_id) <= 256:
             raise MalformedMessage("the header has no msg_id of 1 to 256 characters")
-        if self._guard is not None and not self._guard.accept(session, header.get("date")):
+        if guard is not None and not guard.accept(session, header.get("date")):
             raise SignatureError("older than what is remembered of session %.60r" % (session,))
         message = Message(header, {}, {}, {}, buffers, identities, header_bytes)
         has_session = type(session) is str and len(session) <= 256
@@ -422,7 +429,7 @@ class ReplayGuard:
     SESSIONS = 10_000
 
     def __init__(self, size: int):
-        self._size = size
+        self.size = size
         self._seen: set[bytes] = set()
         self._order: deque[tuple[bytes, int, float]] = deque()      # (digest, session, date), oldest first
         self._marks: dict[int, float] = {}      # session -> the newest date forgotten
@@ -443,7 +450,7 @@ class ReplayGuard:
             return False
         self._seen.add(self._candidate)
         self._order.append((self._candidate, session, when))
-        if len(self._order) > self._size:
+        if len(self._order) > self.size:
             self._forget()
         return True
 
