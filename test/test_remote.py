@@ -576,6 +576,20 @@ class Reaching(unittest.TestCase):
     def test_a_host_by_its_name_and_by_ipv6_finds_the_address_that_listens(self):
         self.assertEqual(self.reach(self.address().replace("127.0.0.1", "localhost")).ip, "127.0.0.1")
 
+    def test_a_kernel_that_listens_by_ipv6_alone(self):
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError as error:
+            self.skipTest(f"no IPv6 on this machine: {error}")
+        lab = Lab(self, {"alice": "run"}, host="::1")
+        lab.pairs["alice"] = self.lab.pair("alice")
+        lab.authorize({"alice": "run"})
+        address = f"twoproc://[::1]:{lab.port}/{hex_of(lab.host_key)}"
+        info = support.wait_until(lambda: self.try_reach(address))
+        self.assertEqual(self.reach(f"[::1]:{lab.port}"), info)
+        with connect(info) as ours:
+            self.assertEqual(ours.execute("1", timeout=support.DEADLINE).content["status"], "ok")
+
     def test_a_key_with_less_rights_knows_so_and_is_answered(self):
         self.be("bob")
         with connect(self.reach()) as ours:
@@ -667,17 +681,31 @@ class Reaching(unittest.TestCase):
         support.wait_until(lambda: is_stopped(lab.kernel.pid))
         self.assertRegex(self.refusal("busy", 2, self.address(lab.port, hex_of(lab.host_key))), "stopped")
 
+    def test_a_kernel_that_has_as_many_connections_as_it_takes(self):
+        lab = Lab(self, {"alice": "run"}, "--set", "network.max_connections=1")
+        lab.pairs["alice"] = self.lab.pair("alice")
+        lab.authorize({"alice": "run"})
+        address = self.address(lab.port, hex_of(lab.host_key))
+        with connect(support.wait_until(lambda: self.try_reach(address))):
+            for _ in range(3):
+                self.assertRegex(self.refusal("busy", 2, address), "as many as it takes")
+
     def test_something_else_that_listens(self):
-        for what, reason in ((b"HTTP/1.1 400 Bad Request\r\n\r\n" * 4, "refused"), (b"", "refused")):
+        for what, reason, text in ((b"HTTP/1.1 400 Bad Request\r\n\r\n" * 4, "busy", "or no kernel"),
+                                   (b"", "busy", "or no kernel"), (None, "refused", "not a Jupyter kernel")):
             with self.subTest(says=what), socket.create_server(("127.0.0.1", 0)) as listener:
                 def serve(listener=listener, what=what):
                     with contextlib.suppress(OSError):
                         while True:
                             with listener.accept()[0] as sock:
-                                sock.sendall(what)
+                                sock.sendall(what or b"")
+                                if what is None:
+                                    sock.sendall(b"220 mail\r\n" * 9)
+                                    sock.recv(64)       # what a mail server would wait for
+                                    sock.recv(64)
                 threading.Thread(target=serve, daemon=True).start()
                 port = listener.getsockname()[1]
-                self.assertRegex(self.refusal(reason, 2, self.address(port - 3)), "not a Jupyter kernel")
+                self.assertRegex(self.refusal(reason, 2, self.address(port - 3)), text)
 
     def test_a_kernel_without_encryption(self):
         kernel = support.start_kernel(self, "--transport", "tcp")

@@ -123,11 +123,11 @@ def reach(target: str, settings: Settings, timeout: float = HELLO_SECONDS) -> Co
         extra={"twoproc_remote": True, "twoproc_address": str(address), "twoproc_name": name})
     mechanism = knock(info, "control")
     if isinstance(mechanism, NotReady):
-        raise mechanism
+        raise _full(address) if _is_full(info) else mechanism
     answer, event = clientchannels.hello(info.url("control"), z85_of(address.key), (
         z85_of(pair.public), z85_of(pair.secret)), max(0.1, deadline - time.monotonic()))
     if answer is None:
-        raise _why(address, event, mechanism, pair)
+        raise _full(address) if event == "rejected" and _is_full(info) else _why(address, event, mechanism, pair)
     info = _understand(answer, info, address)
     keys.remember(settings["auth.known_kernels"], str(address), address.key, name)
     return info
@@ -157,6 +157,25 @@ def _look_up(address: Address, deadline: float) -> str:
                               "keeps that port shut" % (where, getattr(last, "strerror", None) or "timed out"))
 
 
+def _is_full(info: ConnectionInfo) -> bool:
+    """A kernel with as many connections as it takes cuts one more at once; others wait for what we have to say."""
+    try:
+        with socket.create_connection((info.ip, info.port("control")), 0.5) as sock:
+            sock.settimeout(0.5)
+            while sock.recv(64):
+                pass
+    except TimeoutError:
+        return False
+    except OSError as error:
+        return not isinstance(error, ConnectionRefusedError)
+    return True
+
+
+def _full(address: Address) -> NotReady:
+    return NotReady("busy", "what listens at %s cuts every connection at once: a kernel that has as many as it takes "
+                            "(network.max_connections), or no kernel" % (address,))
+
+
 def _why(address: Address, event: str, mechanism: str | None, pair: keys.KeyPair) -> NotReady:
     """Why nobody answered hello."""
     if event == "unauthorised":
@@ -169,8 +188,8 @@ def _why(address: Address, event: str, mechanism: str | None, pair: keys.KeyPair
     if mechanism is None:
         return NotReady("busy", "something listens at %s and says nothing: the kernel's process is stopped, or its "
                                 "machine is overloaded" % (address,))
-    return NotReady("key", "the kernel at %s does not have the key %s of this address, or has as many connections as "
-                    "it takes; ask for its address anew" % (address, fingerprint(address.key)), UNKNOWN)
+    return NotReady("key", "the kernel at %s does not have the key %s of this address; ask for its address anew" % (
+        address, fingerprint(address.key)), UNKNOWN)
 
 
 def _understand(answer: bytes, info: ConnectionInfo, address: Address) -> ConnectionInfo:
