@@ -368,6 +368,19 @@ class TheLink(unittest.TestCase):
         self.client.answer(self.client.take("stdin", what="the question"), "yes")
         self.assertEqual(self.client.result(msg_id).value, "'yes'")
 
+    def test_what_has_no_signature_gets_none_from_the_relay(self):
+        """Over loopback tcp any user of this machine may talk to it."""
+        stranger = self.relay.client(self, ready=False, key=b"another key", channels=("shell",))
+        self.client.send_execute("asked = []; import time; time.sleep(1)")
+        for msg_type, content in (("execute_request", {"code": "asked.append('cell')"}),
+                                  ("shutdown_request", {"restart": False})):
+            stranger.send("shell", msg_type, content)
+        self.cut()
+        stranger.send_execute("asked.append('later')")
+        self.cable.mend()
+        support.wait_until(lambda: "the link is back" in self.relay.log(), what="what the user is told")
+        self.assertEqual(self.client.execute("asked").value, "[]")
+
     def test_our_client_sees_the_output_of_the_time_between(self):
         from twoproc.client import connect
         with connect(self.relay.connection_file) as client:

@@ -37,7 +37,7 @@ from . import __version__, config, connection
 from .channels import SlowReaders
 from .client import NotReady
 from .connection import CHANNELS, ConnectionFileError, ConnectionInfo
-from .session import DELIMITER, UTC, Session, encode
+from .session import DELIMITER, UTC, MessageError, Session, encode
 
 RECEIVE_AT_ONCE = 200       # messages of one socket before the others get their turn
 READY_SECONDS = 5.0
@@ -223,13 +223,17 @@ class Relay:
             self._poller.modify(self._near[channel], zmq.POLLIN if is_wanted else 0)
 
     def _remember(self, channel: str, frames: list[bytes]) -> None:
-        """What has an answer; and what is very large is not kept for the case that the link is cut."""
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):   # not by us
-            at = frames.index(DELIMITER)
-            header = json.loads(frames[at + 2])
-            if header["msg_type"].endswith("_request") and len(self._requests) < OPEN_REQUESTS \
-                    and sum(map(len, frames)) < 1 << 20:
-                self._requests[header["msg_id"]] = Request(channel, frames[:at], header, frames[at + 2:])
+        """What has an answer; and what is very large is not kept for the case that the link is cut.
+
+        Nor what has no good signature: over loopback any user of this machine may say it, and it would get ours.
+        """
+        with contextlib.suppress(MessageError, ValueError):     # the kernel, too, is silent to that
+            if len(self._requests) < OPEN_REQUESTS and sum(map(len, frames)) < 1 << 20:
+                message = self._session.deserialize(frames)
+                if message.msg_type.endswith("_request"):
+                    at = len(message.identities)
+                    self._requests[message.msg_id] = Request(channel, message.identities, message.header,
+                                                             frames[at + 2:])
 
     def _pass_replies(self, channel: str) -> None:
         for _ in range(RECEIVE_AT_ONCE):
