@@ -440,6 +440,18 @@ class GivenUpReaderTests(ChannelsCase):
         self.channels.send("iopub", "comm_msg", {"text": "later"})
         self.assertEqual(stuck.take("iopub", lambda message: message.msg_type == "comm_msg").content["text"], "later")
 
+    @mock.patch.object(rooms, "REPEAT_SECONDS", 600)
+    def test_more_idles_than_its_queue_has_room_for_are_repeated_too(self):
+        stuck, reader = self.stuck(), self.client()
+        self.flood()
+        for number in range(100):
+            self.channels.send("iopub", "status", self.idle, b'{"msg_id":"%d"}' % number)
+        last = lambda message: message.parent_id == "99"
+        reader.take("iopub", last)
+        # The reader is given all it can take at once, more than once: it stops in between.
+        stuck.take("iopub", last, what="the last idle")
+        wait_until(lambda: not self.channels._is_losing, what="the reader to have caught up")
+
     def test_one_that_stays_stuck_does_not_keep_the_idle_from_another(self):
         never, stuck, reader = self.stuck(), self.stuck(), self.client()
         self.flood()

@@ -595,9 +595,13 @@ class KernelChannels:
         if have_all_read or now > self._repeat_at:
             # Ever more rarely while one is stuck: another that was given up may have caught up long ago.
             self._repeat_at, self._repeat_pause = now + self._repeat_pause, 2 * self._repeat_pause
-            if all(self._send(self._sockets["iopub"], message) for message in self._owed) and have_all_read:
-                self._is_losing = False
-                self._owed.clear()
+            iopub = self._sockets["iopub"]
+            if have_all_read:       # what it has no room for follows when it has read these
+                while self._owed and self._send(iopub, self._owed[0]):
+                    self._owed.popleft()
+                self._is_losing = bool(self._owed)
+            else:
+                all(self._send(iopub, message) for message in self._owed)
             if self.busy_parent is not None:
                 self.outbox.put_back([Outgoing("iopub", "status", b'{"execution_state":"busy"}', self.busy_parent,
                                                b"{}", [], [])])
