@@ -694,15 +694,16 @@ class Reaching(unittest.TestCase):
         for what, reason, text in ((b"HTTP/1.1 400 Bad Request\r\n\r\n" * 4, "busy", "or no kernel"),
                                    (b"", "busy", "or no kernel"), (None, "refused", "not a Jupyter kernel")):
             with self.subTest(says=what), socket.create_server(("127.0.0.1", 0)) as listener:
-                def serve(listener=listener, what=what):
+                def answer(sock, what=what):
+                    with sock, contextlib.suppress(OSError):
+                        sock.sendall(b"220 mail\r\n" * 9 if what is None else what)
+                        while what is None and sock.recv(64):       # what a mail server would wait for
+                            pass
+
+                def serve(listener=listener, answer=answer):
                     with contextlib.suppress(OSError):
                         while True:
-                            with listener.accept()[0] as sock:
-                                sock.sendall(what or b"")
-                                if what is None:
-                                    sock.sendall(b"220 mail\r\n" * 9)
-                                    sock.recv(64)       # what a mail server would wait for
-                                    sock.recv(64)
+                            answer(listener.accept()[0])
                 threading.Thread(target=serve, daemon=True).start()
                 port = listener.getsockname()[1]
                 self.assertRegex(self.refusal(reason, 2, self.address(port - 3)), text)
