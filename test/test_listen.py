@@ -150,6 +150,15 @@ class Guests(unittest.TestCase):
         alice.answer(question, "alice's")
         self.assertEqual(alice.result(msg_id).value, repr("alice's"))
 
+    def test_who_may_look_cannot_have_another_asked_once_more(self):
+        alice, bob = self.lab.client("alice", self), self.lab.client("bob", self)
+        msg_id = alice.send_execute("input('? ')", allow_stdin=True)
+        question = alice.take("stdin")
+        bob.result(bob.send("shell", "twoproc_resume_request", {"msg_ids": [msg_id]}))
+        self.assertTrue(alice.is_silent("stdin", 0.2))
+        alice.answer(question, "once")
+        self.assertEqual(alice.result(msg_id).value, repr("once"))
+
     def test_the_identity_of_another_key_gives_neither_replies_nor_questions(self):
         alice = self.lab.client("alice", self)
         thief = self.lab.client("root", self, ready=False, identity=alice.identity)
@@ -279,6 +288,17 @@ class Floods(unittest.TestCase):
         limited = [reply for reply in replies if reply.content.get("ename") == "RateLimited"]
         self.assertGreater(len(limited), 400)
         self.assertLess(len(limited), 500)
+
+    def test_messages_of_unknown_types_are_limited_like_all_others(self):
+        lab = Lab(self, {"alice": "run", "bob": "view"}, "--set", "limits.requests_per_second=5")
+        alice, bob = lab.client("alice"), lab.client("bob")
+        alice.execute("1")
+        for number in range(100):
+            bob.send("shell", ("nonsense", "status", "execute_reply")[number % 3])
+        bob.request("control", "shutdown_request")      # counted apart, and heard after those
+        alice.request("control", "kernel_info_request")
+        alice.collect(0.1)
+        self.assertLess(len([message for message in alice.inbox["iopub"] if message.msg_type == "status"]), 60)
 
     def test_a_cell_can_be_interrupted_by_who_has_used_up_its_requests(self):
         lab = Lab(self, {"alice": "run"}, "--set", "limits.requests_per_second=5")

@@ -149,9 +149,9 @@ class Kernel:
     def on_message(self, channel: str, message: Message) -> None:
         """Everything verified that a client sends comes through here and goes to the thread that handles it."""
         kind = message.msg_type
+        if message.user:
+            self._check_access(message)
         if channel == "stdin":
-            if message.user:
-                self._check_access(message)
             self.input_reply(message)
             return
         if kind not in MESSAGES or MESSAGES[kind].fields is None:
@@ -159,8 +159,6 @@ class Kernel:
             with self.answering(message):
                 pass
             return
-        if message.user:
-            self._check_access(message)
         message = message._replace(content=check_request(message, channel))
         if kind == "execute_request" and self._was_before_restart(message.header):
             raise BadMessage("execute_request: dated %.40s, not after what this client sent to the kernel before it "
@@ -284,7 +282,8 @@ class Kernel:
                                identities=cell.identities)
             self.channels.send("iopub", "status", {"execution_state": "idle"}, cell.header_bytes)
         asking = self._asking
-        if asking is not None and asking[0].msg_id in message.content["msg_ids"]:
+        if asking is not None and asking[0].msg_id in message.content["msg_ids"] \
+                and self._replies.route(asking[0]) == message.identities:       # since the resume above: it is his
             self._send_question(*asking)
         access = self.channels.access
         rights = access.rights(message.user) if access is not None else "admin"     # they may have changed meanwhile
