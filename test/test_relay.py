@@ -348,14 +348,15 @@ class TheLink(unittest.TestCase):
         support.wait_until(lambda: "the link is lost" in self.relay.log(), what="what the user is told")
 
     def test_cut_and_back_it_goes_on_for_any_client(self):
-        msg_id = self.client.send_execute("import time; time.sleep(1); 'first'")
+        msg_id = self.client.send_execute("import time; print('one'); time.sleep(1); print('two')")
         self.client.wait_running(msg_id)
         self.cut()
         self.client.sockets["hb"].send(b"?")
         self.assertTrue(self.client.is_silent("hb", 0.2))
         later = self.client.send_execute("2 + 2")
         self.cable.mend()
-        self.assertEqual(self.client.result(msg_id).status, "ok")
+        result = self.client.result(msg_id)
+        self.assertEqual((result.status, result.text()), ("ok", "one\ntwo\n"))
         self.assertEqual(self.client.result(later).value, "4")
         self.client.take("hb", what="the heartbeat")
         support.wait_until(lambda: "the link is back" in self.relay.log(), what="what the user is told")

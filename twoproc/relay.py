@@ -10,8 +10,9 @@ them.  The file holds the kernel's key for signatures, which the protocol needs,
     local XPUB    <--  XSUB of the kernel       iopub, everything; who subscribes here is welcomed by us
 
 Frames are passed on as they are.  The heartbeat is passed on, too: it beats here only while it beats there.  What the
-relay adds is for when the link was cut: it knows which requests have not been answered, and has the kernel answer
-those that it knows and run those that it never got.
+relay adds is for clients that know nothing of a link that can be cut: it remembers which requests are not answered, has
+the kernel answer again those that it knows and run those that it never got, and puts the output of the time between
+in its place, out of the kernel's log.
 
 All sockets belong to the thread that calls `run`, the main thread of the program.
 """
@@ -22,13 +23,13 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any, NoReturn
 
 import zmq
@@ -37,7 +38,8 @@ from . import __version__, config, connection
 from .channels import SlowReaders
 from .client import NotReady
 from .connection import CHANNELS, ConnectionFileError, ConnectionInfo
-from .session import DELIMITER, UTC, MessageError, Session, encode
+from .replay import read_log
+from .session import DELIMITER, MessageError, Session, encode
 
 RECEIVE_AT_ONCE = 200       # messages of one socket before the others get their turn
 READY_SECONDS = 5.0
@@ -48,6 +50,8 @@ PATIENCE_SECONDS = 2.5
 QUEUE = 500                 # messages that wait for one local reader
 OPEN_REQUESTS = 1000        # remembered until they are answered
 EXIT_DIED, EXIT_REFUSED = 70, 6
+_WATCHED = ("shell", "stdin", "iopub")      # the connections that must stand before a question may be asked again
+_NUMBER = re.compile(rb'"twoproc_seq":(\d+)}$')
 HELLO = b"twoproc_hello"    # asks the kernel which key it signs with: another one after a restart
 
 
@@ -85,17 +89,21 @@ class Relay:
         self._near: dict[str, zmq.Socket] = {}
         self._far: dict[str, zmq.Socket] = {}
         self._unsent: dict[str, list] = {}          # channel -> messages that the kernel's side does not take now
-        self._head: list | None = None              # the iopub message that a local reader does not take now
+        self._output: deque = deque()               # what is to be published, in order; a few messages at most
         self._patience = SlowReaders(PATIENCE_SECONDS)
         self._owed: deque = deque(maxlen=100)       # idles that a reader may have lost that was given up,
         self._repeats: deque = deque()              # and when they are repeated
         self._welcomes: list[bytes] = []            # topics whose subscriber waits until we are subscribed ourselves
         self._is_subscribed = False
         self._requests: dict[str, Request] = {}
-        self._questions: set[str] = set()           # msg_ids of what we ask in the name of our clients
+        self._questions: dict[str, Callable[[list[bytes]], None]] = {}      # msg_id -> who takes the reply
+        self._newest = 0                            # twoproc_seq of the newest output
+        self._gap: tuple[int, int] | None = None    # what is missing before the last message of _output,
+        self._gap_until = 0.0                       # and how long we wait for it
         self._look_at: float | None = None          # while the link is cut: when to see whether somebody listens
         self._refusals = 0
-        self._was_connected = self._is_told = False
+        self._connected: set[str] = set()
+        self._is_told = False
         self._ended = ""                            # by whom
         try:
             for channel in CHANNELS:
@@ -138,6 +146,7 @@ class Relay:
             del self._handlers[sock]
             sock.close(0)
         self._unsent.clear()
+        self._connected.clear()
         identity = os.urandom(12).hex().encode("ascii")
         self._is_subscribed = False
         for channel in CHANNELS:
@@ -157,7 +166,7 @@ class Relay:
                 sock.setsockopt(zmq.SNDHWM, 10)     # beats that wait for a kernel that is stopped are of no use to it
             else:
                 sock.setsockopt(zmq.IDENTITY, identity)
-            if channel in ("shell", "iopub"):
+            if channel in _WATCHED:
                 self._far[channel + " link"] = monitor = sock.get_monitor_socket(
                     zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
                 self._listen(monitor, functools.partial(self._hear_link, channel))
@@ -251,9 +260,8 @@ class Relay:
         """True for an answer to a question of ours."""
         at = frames.index(DELIMITER)
         parent = json.loads(frames[at + 3])
-        if parent.get("msg_id") in self._questions:
-            self._questions.remove(parent["msg_id"])
-            self._hear_fate(frames[at:])
+        if (handler := self._questions.pop(parent.get("msg_id"), None)) is not None:
+            handler(frames[at:])
             return True
         request = self._requests.get(parent.get("msg_id"))
         if request is not None:
@@ -267,46 +275,50 @@ class Relay:
 
     def _pass_output(self) -> None:
         for _ in range(RECEIVE_AT_ONCE):
-            if self._head is not None and not self._publish_head():
+            if not self._publish():
                 return
-            self._head = _receive(self._far["iopub"]) or None
-            if self._head is None:
+            frames = _receive(self._far["iopub"])
+            if not frames:
                 return
-            topic = self._head[0]
-            if topic == b"status" and b'"idle"' in self._head[6]:
-                self._hear_idle(json.loads(self._head[4]).get("msg_id"))
-                if self._repeats:
-                    self._owed.append(self._head)
-            elif topic == b"shutdown_reply":
-                self._ended = "shut down by %s" % json.loads(self._head[4]).get("username", "a client")
-            elif topic == b"iopub_welcome":         # ours, or another client's, who subscribed to everything
+            self._output.append(frames)
+            if not self._is_subscribed:
                 self._is_subscribed = True
                 self._welcome()
-        self._publish_head()
+            if frames[0] == b"shutdown_reply":
+                self._ended = "shut down by %s" % json.loads(frames[4]).get("username", "a client")
+            elif frames[0] == b"status" and b'"idle"' in frames[6]:
+                self._hear_idle(json.loads(frames[4]).get("msg_id"))
+                if self._repeats:
+                    self._owed.append(frames)
+            if found := _NUMBER.search(frames[5]):
+                newest, self._newest = self._newest, max(self._newest, int(found[1]))
+                if newest and self._newest > newest + 1:
+                    self._ask_for_past(newest + 1, self._newest - 1)
+
+    def _publish(self) -> bool:
+        """False: what was before is on its way, or a local reader is full and it is not yet time to let it lose."""
+        iopub = self._near["iopub"]
+        while self._output and self._gap is None:
+            if not _send(iopub, self._output[0]):
+                if not self._patience.is_over():
+                    return False
+                self._say("a local reader of output is too slow: it loses messages until it catches up")
+                iopub.setsockopt(zmq.XPUB_NODROP, 0)    # see channels.py
+                _send(iopub, self._output[0])
+                iopub.setsockopt(zmq.XPUB_NODROP, 1)
+                self._patience = SlowReaders(PATIENCE_SECONDS)
+                # A stock client waits for its idle for ever.  Nobody says when that reader has caught up: so ever
+                # more rarely, for an hour.
+                self._repeats = deque(time.monotonic() + 2 ** n for n in range(12))
+            self._patience.sent()
+            self._output.popleft()
+        return not self._output
 
     def _hear_idle(self, msg_id: str) -> None:
         request = self._requests.get(msg_id)
         if request is not None:
             request.needs_idle = False
             self._forget_if_done(request, msg_id)
-
-    def _publish_head(self) -> bool:
-        """False: a local reader is full, and it is not yet time to let that reader lose."""
-        iopub = self._near["iopub"]
-        if not _send(iopub, self._head or []):
-            if not self._patience.is_over():
-                return False
-            self._say("a local reader of output is too slow: it loses messages until it catches up")
-            iopub.setsockopt(zmq.XPUB_NODROP, 0)    # see channels.py
-            _send(iopub, self._head or [])
-            iopub.setsockopt(zmq.XPUB_NODROP, 1)
-            self._patience = SlowReaders(PATIENCE_SECONDS)
-            # A stock client waits for its idle for ever.  Nobody says when that reader has caught up: so ever more
-            # rarely, for half an hour.
-            self._repeats = deque(time.monotonic() + 2 ** n for n in range(12))
-        self._patience.sent()
-        self._head = None
-        return True
 
     def _hear_subscribers(self) -> None:
         while frames := _receive(self._near["iopub"]):
@@ -318,8 +330,43 @@ class Relay:
         """JEP 65: whoever subscribes is told that from now on output reaches him.  The kernel sees us alone."""
         while self._is_subscribed and self._welcomes:
             topic = self._welcomes.pop()
-            _send(self._near["iopub"], [topic or b"iopub_welcome", *self._session.serialize(
+            self._output.appendleft([topic or b"iopub_welcome", *self._session.serialize(
                 "iopub_welcome", {"subscription": topic.decode("utf-8", "replace")})])
+
+    def _ask_for_past(self, first: int, last: int) -> None:
+        """Our kernels number what they publish; of what we missed while we were cut off the output is in their log."""
+        self._gap, self._gap_until = (first, last), time.monotonic() + READY_SECONDS
+        self._ask("control", [], {}, "twoproc_log_request", {"from_seq": first, "to_seq": last}, self._hear_past)
+
+    def _hear_past(self, frames: list[bytes]) -> None:
+        """A page of it goes before the message that showed the gap."""
+        if self._gap is None:
+            return          # it came too late
+        (first, last), self._gap, held = self._gap, None, self._output.pop()
+        page = read_log(self._session.deserialize(frames), first, last)
+        for message in page.messages:
+            kind, content = message.msg_type, message.content
+            if kind == "twoproc_gap":
+                kind, content = "stream", {"name": "stderr", "text": "(output missed: %s)\n" % content["reason"]}
+            elif not first <= message.metadata.get("twoproc_seq", 0) <= last:
+                continue
+            self._output.append([kind.encode(), *self._session.serialize(
+                kind, content, encode(message.parent_header), message.metadata,
+                header=encode({**message.header, "msg_type": kind}))])
+        self._output.append(held)
+        if page.next_seq is not None and first < page.next_seq <= last:
+            self._ask_for_past(page.next_seq, last)
+
+    def _ask(self, channel: str, identities: list[bytes], header: dict, msg_type: str, content: dict,
+             handler: Callable[[list[bytes]], None]) -> None:
+        """Ask the kernel something ourselves; handler: is called with the frames of the reply.
+
+        header: with the members that are not ours, in the name of a client.
+        """
+        own = json.loads(self._session.header(msg_type))
+        self._questions[own["msg_id"]] = handler
+        frames = self._session.serialize(msg_type, content, header=encode({**own, **header}))
+        self._send(channel, [*identities, *frames])
 
     # -- the link
     def _look_around(self) -> float:
@@ -334,30 +381,33 @@ class Relay:
             if not unsent:
                 del self._unsent[channel]
                 self._read_requests()
-        if self._head is not None:
+        if self._gap is not None and now > self._gap_until:
+            self._gap = None
+        if self._output:
             self._pass_output()
-        self._poller.modify(self._far["iopub"], zmq.POLLIN if self._head is None else 0)
-        if self._repeats and now > self._repeats[0] and self._head is None:
+        self._poller.modify(self._far["iopub"], 0 if self._output else zmq.POLLIN)
+        if self._repeats and now > self._repeats[0] and not self._output:
             self._repeats.popleft()
             for frames in self._owed:
                 _send(self._near["iopub"], frames)
             if not self._repeats:
                 self._owed.clear()
-        if self._head is not None:
+        if self._output and self._gap is None:
             return 0.005            # poll() calls iopub writable while send says it is full
-        return 0.05 if self._unsent else 0.5 if self._look_at or self._repeats else 60.0
+        return 0.05 if self._unsent else 0.5 if self._look_at or self._repeats or self._gap else 60.0
 
     def _hear_link(self, channel: str) -> None:
         while frames := _receive(self._far[channel + " link"]):
             event = int.from_bytes(frames[0][:2], sys.byteorder)
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 raise Gone("the kernel does not let your key in any more", EXIT_REFUSED)
-            if channel == "shell" and event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._look_at = None
-                if self._was_connected:
-                    self._greet()
-                self._was_connected = True
-            elif channel == "shell":
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._connected.add(channel)
+                if len(self._connected) == len(_WATCHED):
+                    self._look_at = None
+                    if not self.is_linked:
+                        self._greet()
+            elif channel != "iopub":        # that one alone is cut when somebody else's key is taken away
                 self._lose()
                 return
 
@@ -414,11 +464,9 @@ class Relay:
                 self._send(request.channel, [*request.identities, *self._session.serialize(
                     "", content, parent, b'{"twoproc_again":true}', header=header)])
         for requests in cells.values():
-            question = {**requests[0].header, "msg_type": "twoproc_resume_request", "msg_id": os.urandom(16).hex(),
-                        "date": datetime.now(UTC).isoformat()}
-            self._questions.add(question["msg_id"])
-            self._send("shell", [*requests[0].identities, *self._session.serialize(
-                "", {"msg_ids": [request.header["msg_id"] for request in requests]}, header=encode(question))])
+            first = requests[0]
+            self._ask("shell", first.identities, {"session": first.header.get("session")}, "twoproc_resume_request",
+                      {"msg_ids": [request.header["msg_id"] for request in requests]}, self._hear_fate)
         self._read_requests()
 
     def _hear_fate(self, frames: list[bytes]) -> None:
