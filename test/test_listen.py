@@ -300,6 +300,19 @@ class Floods(unittest.TestCase):
         alice.collect(0.1)
         self.assertLess(len([message for message in alice.inbox["iopub"] if message.msg_type == "status"]), 60)
 
+    def test_pages_of_the_log_that_nobody_reads_cost_little_memory(self):
+        lab = Lab(self, {"alice": "run", "bob": "view"})
+        alice = lab.client("alice")
+        for _ in range(10):
+            alice.execute("print(('x' * 99 + '\\n') * 10_000)")
+        bob = lab.client("bob", ready=False, channels=("control",), options=((zmq.RCVHWM, 1), (zmq.RCVBUF, 4096)))
+        before = lab.kernel.memory()
+        for _ in range(300):
+            bob.send("control", "twoproc_log_request", {"from_seq": 0, "max_bytes": 1 << 30})
+        bob.send("control", "interrupt_request")        # counted apart, noted, and heard after those
+        support.wait_until(lambda: any(note["event"] == "rights" for note in lab.access_log()), what="the end")
+        self.assertLess(lab.kernel.memory() - before, 60 << 20)
+
     def test_a_cell_can_be_interrupted_by_who_has_used_up_its_requests(self):
         lab = Lab(self, {"alice": "run"}, "--set", "limits.requests_per_second=5")
         alice = lab.client("alice")

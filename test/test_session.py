@@ -400,6 +400,11 @@ class Requests(unittest.TestCase):
                 self.check(msg_type, content)
             self.assertIn(name, str(caught.exception))
 
+    def test_so_many_cells_are_asked_about_at_once_and_no_more(self):
+        self.check("twoproc_resume_request", {"msg_ids": ["1"] * session.MAX_MSG_IDS})
+        with self.assertRaises(BadMessage):
+            self.check("twoproc_resume_request", {"msg_ids": ["1"] * (session.MAX_MSG_IDS + 1)})
+
     def test_a_request_on_another_channel_is_refused(self):
         for msg_type, channel in (("execute_request", "control"), ("interrupt_request", "shell"),
                                   ("input_reply", "shell"), ("comm_open", "stdin")):

@@ -195,8 +195,10 @@ class KernelChannels:
             sock.setsockopt(zmq.XPUB_NODROP, 1)
             sock.setsockopt(zmq.XPUB_VERBOSER, 1)   # each subscriber is seen to come and go, not each topic
         else:
-            # Replies that a client has yet to read; one from elsewhere may ask for many and read none.
-            sock.setsockopt(zmq.SNDHWM, 100 if channel == "hb" else 100_000 if self.listen is None else 10_000)
+            # Replies that a client has yet to read; one from elsewhere may ask for many and read none, on control for
+            # pages of the log.
+            sock.setsockopt(zmq.SNDHWM, 100 if channel == "hb" else 100_000 if self.listen is None
+                            else 32 if channel == "control" else 10_000)
         if info.curve_secretkey and info.curve_publickey:
             sock.curve_server = True
             sock.curve_secretkey, sock.curve_publickey = info.curve_secretkey, info.curve_publickey

@@ -68,6 +68,7 @@ GRACE = 1.0                     # seconds a running cell has to end when the ker
 EXIT_SECONDS = 2.0              # that functions registered with atexit have together
 EXIT_USAGE = 2
 LAST_INPUT_CHARS = 80
+LOG_PAGE = 1 << 20              # bytes of twoproc_log_reply, at most, to who comes with a key
 NO_INPUT = "this frontend did not offer to answer input(): its request had allow_stdin false"
 
 
@@ -250,6 +251,8 @@ class Kernel:
         page, session = Page([], {}, None, False), ""
         if self.log is not None:
             session, limit = self.log.id, min(content["max_bytes"], self.channels.limits.max_frame // 2)
+            if message.user:        # he may not read it: what waits for him in the socket is ours to bear
+                limit = min(limit, LOG_PAGE)
             if content["from_seq"] is not None:
                 last = newest if content["to_seq"] is None else min(newest, content["to_seq"])
                 page = self.log.between(content["from_seq"], last, limit)

@@ -35,6 +35,7 @@ DELIMITER = b"<IDS|MSG>"
 REQUIRED = object()
 MAX_HEADER = 65_536         # bytes of a header, and of the parent header that repeats it
 MAX_QUESTION = 4 << 20      # bytes of metadata and content, but for those that bring what is the user's:
+MAX_MSG_IDS = 10_000        # that are asked about at once; a kernel remembers fewer
 LARGE = {"execute_request", "comm_open", "comm_msg", "comm_close", "input_reply"}
 UTC = timezone.utc
 
@@ -200,6 +201,9 @@ def check_request(message: Message, channel: str) -> dict:
         _check_not_negative(message, content, "n", "stop")
     if message.msg_type == "twoproc_log_request":
         _check_not_negative(message, content, "cells", "from_seq", "to_seq", "max_bytes")
+    if message.msg_type == "twoproc_resume_request" and len(content["msg_ids"]) > MAX_MSG_IDS:
+        raise BadMessage("%s: %d msg_ids, expected at most %d"
+                         % (message.msg_type, len(content["msg_ids"]), MAX_MSG_IDS), message)
     if message.header.get("subshell_id") is not None:
         raise BadMessage("no subshell %.60r: this kernel has none" % (message.header["subshell_id"],), message)
     return content
