@@ -164,8 +164,7 @@ class HangingAndDead(Listing):
         self.assertTrue(well.is_alive)
 
     def test_one_that_computes_in_c_is_silent_too(self):
-        client = self.kernel("lab").client()
-        client.wait_running(client.send_execute(SPIN_IN_C))
+        self.kernel("lab").client().send_execute(SPIN_IN_C)        # it may not even get to say that it runs this
         self.wait_found(lambda found: found["lab"]["execution_state"] == "silent")
 
     def test_thirty_of_which_some_hang_are_answered_in_a_second_and_a_half(self):
