@@ -158,7 +158,8 @@ class Link:
         if self._kernel and session != self._kernel:
             self._end("restarted while the connection was lost")
             return
-        at_risk, held, is_known = self._at_risk, client._channels.held, reply.msg_type == "twoproc_resume_reply"
+        at_risk, held = self._at_risk, client._channels.held
+        is_known = reply.msg_type == "twoproc_resume_reply" and reply.content.get("status") == "ok"
         self._question = None
         if is_known and type(reply.content.get("rights")) is str:
             client.rights = reply.content["rights"]
