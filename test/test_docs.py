@@ -5,6 +5,7 @@ What is said twice drifts apart, so whatever the documents repeat from the code 
 found by its heading, and compared line by line with what the code would write; a failure shows the line that
 is missing.
 """
+import argparse
 import ast
 import glob
 import os
@@ -15,7 +16,7 @@ import sys
 import unittest
 from urllib.parse import urlsplit
 
-from twoproc import crashlog, frontend, kernel, launcher, recovery, sessionlog
+from twoproc import crashlog, frontend, kernel, keys, launcher, recovery, relay, sessionlog
 from twoproc.session import MESSAGES, REQUIRED
 
 from . import support, test_imports
@@ -330,7 +331,8 @@ class LinksAndCommands(unittest.TestCase):
 
     def test_commands_have_the_options_that_the_programs_have(self):
         parsers = {"twoproc.kernel": kernel.parser(), "twoproc.frontend": frontend.make_parser(),
-                   "twoproc.crashlog": crashlog.make_parser()}
+                   "twoproc.crashlog": crashlog.make_parser(), "twoproc.keys": keys.make_parser(),
+                   "twoproc.relay": relay.make_parser()}
         seen = set()
         for document in DOCUMENTS:
             for line in code_blocks(read(document)):
@@ -342,7 +344,7 @@ class LinksAndCommands(unittest.TestCase):
                     self.assertIn(module, parsers)
                     seen.add(module)
                     options = [word.partition("=")[0] for word in words if word.startswith("--")]
-                    self.assertLessEqual(set(options), set(parsers[module]._option_string_actions))    # not shortened
+                    self.assertLessEqual(set(options), all_options(parsers[module]))    # not shortened
                     try:
                         parsers[module].parse_args(words)
                     except SystemExit as end:
@@ -350,7 +352,7 @@ class LinksAndCommands(unittest.TestCase):
         self.assertEqual(seen, set(parsers))
 
     def test_help_shows_every_option_that_the_documents_name(self):
-        for module in ("kernel", "frontend", "crashlog"):
+        for module in ("kernel", "frontend", "crashlog", "relay"):
             shown = subprocess.run([sys.executable, "-m", f"twoproc.{module}", "--help"], cwd=support.ROOT, text=True,
                                    capture_output=True, timeout=support.DEADLINE).stdout
             for option in set(re.findall(rf"twoproc\.{module}\b[^\n`]*?(--[a-z-]+)", "".join(map(read, DOCUMENTS)))):
@@ -384,6 +386,12 @@ class LinksAndCommands(unittest.TestCase):
     def test_the_kernelspec_line_names_the_kernel_that_is_installed(self):
         self.assertEqual(launcher._own_spec().name, "twoproc")
         self.assertIn("jupyter console --kernel twoproc", read("README.md"))
+
+
+def all_options(parser):
+    """Of a program and its commands."""
+    commands = [action.choices.values() for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return set(parser._option_string_actions).union(*(all_options(one) for some in commands for one in some))
 
 
 def anchors(text):
