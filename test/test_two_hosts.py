@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 import time
 import unittest
@@ -233,6 +234,44 @@ class ThroughTheRelay(TwoHosts):
             self.assertEqual(relay.wait(), 6, relay.log())
         self.assertIn("does not let your key in", relay.log())
         self.assertFalse(os.path.exists(path))
+
+
+class TheDocument(unittest.TestCase):
+    """docs/remote.md: its commands for a local network and the relay, in their order, on two hosts."""
+
+    def test_the_commands_do_what_they_say(self):
+        if why_not():
+            self.skipTest(why_not())
+        hosts = Hosts(self)
+        with open(os.path.join(support.ROOT, "docs", "remote.md"), encoding="utf-8") as file:
+            text = file.read()
+        commands = [(host, words) for part in ("In a local network", "Jupyter's own clients")
+                    for host, words in re.findall(r"^    (server|laptop)\$ python -m (twoproc.*)$",
+                                                  text.split(f"## {part}\n")[1].split("\n## ")[0], re.M)]
+        commands.sort(key=lambda command: "revoke" in command[1])       # at the end, and not before the relay
+        line, address, done = "", "", []
+        for host, words in commands:
+            words = words.replace("run 5d20... alice", line)
+            words = re.sub(r"twoproc://\S+", address, words) if address else words
+            argv = [sys.executable, "-m", *shlex.split(words)]
+            machine = hosts.server if host == "server" else hosts.client
+            done.append(words.split()[0])
+            if done[-1] in ("twoproc.kernel", "twoproc.relay"):
+                self.start(machine, argv)
+                continue
+            printed = machine.run(*argv)
+            line = line or "".join(re.findall(r"run [0-9a-f]{64} alice", printed))
+            if "keys show" in words:
+                address = re.search(r"twoproc://192\.0\.2\.1\S+", printed)[0]
+            if " -c " in words:
+                self.assertIn("42", printed)
+        self.assertEqual((done.count("twoproc.frontend"), done.count("twoproc.relay")), (3, 1))
+
+    def start(self, machine, argv):
+        process = machine.start(self, *argv)
+        path = os.path.join(machine.home.run, "kernels", argv[argv.index("--name") + 1] + ".json")
+        support.wait_until(lambda: os.path.exists(path) or not process.is_alive, what=path)
+        self.assertTrue(process.is_alive, process.log())
 
 
 if __name__ == "__main__":
