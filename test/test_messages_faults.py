@@ -167,6 +167,10 @@ class FaultCase(support.KernelCase):
         self.log_before = self.log_lines()
         self.started = time.monotonic()
 
+    def another(self):
+        """Another client, of the same user."""
+        return self.kernel.client(self)
+
     def log_lines(self):
         return self.kernel.log().count("\n")
 
@@ -286,7 +290,7 @@ class Replays(ReplayCase):
         for channel in ROUTERS:
             self.client.send_frames(channel, frames)
             self.check_serves()
-        thief = self.kernel.client(self)
+        thief = self.another()
         thief.send_frames("shell", frames)
         msg_id = thief.send_execute("1")        # its own request, which is served after it
         thief.result(msg_id)
@@ -322,6 +326,7 @@ class ReplaysWithAShortMemory(ReplayCase):
             other.drain()
         msg_id = other.send_execute("1")
         other.result(msg_id)
+        other.close()       # else it is one that does not read, while a thousand idles are repeated for us who did not
         self.client.output(msg_id)
         self.client.drain()
         for channel in ROUTERS:
@@ -438,6 +443,9 @@ class OfAGuest(Signatures, Framing, Headers, Contents, Replays):
         self.client = self.guest()
         self.stranger = self.guest(ready=False, channels=ROUTERS)
         self.stranger.key = b"not the key"
+
+    def another(self):
+        return self.guest()     # of another key it would be that one's own message, in that one's name
 
     def guest(self, **options):
         return self.lab.client("alice", self, **options)
@@ -860,6 +868,7 @@ class Fuzz(FaultCase):
         grown = self.kernel.memory() - memory
         if support.IS_SOAK:
             print(f"fuzz: seed {self.seed}, {count} messages, {cells} cells, {grown >> 10} kB more")
+        # Ten minutes: 712,200 messages, 11,248 cells, 119 MB.
         # Ours is the replay memory: 65,536 digests and 10,000 marks, 20 MB, and then it stays. The libraries keep
         # something of every cell for ever: its source in linecache, In and Out 0.5 to 2 kB, and of one that failed
         # the syntax tree for its traceback, in stack_data's caches, 9 kB. A sixth of the messages are cells.
