@@ -345,6 +345,23 @@ class Floods(unittest.TestCase):
         self.assertTrue(any("more than 3 connections" in note.get("reason", "") for note in lab.access_log()))
 
 
+    def test_readers_that_were_cut_when_a_key_was_withdrawn_are_not_counted_for_ever(self):
+        guests = {f"guest{number}": "view" for number in range(5)}
+        lab = Lab(self, guests, "--set", "network.max_connections=3")
+        alice = lab.kernel.client(self)
+
+        def wait_clients(wanted):
+            support.wait_until(lambda: alice.request("control", "twoproc_status_request").content["clients"] == wanted,
+                               what=f"{wanted} readers")
+        for name in list(guests):
+            lab.socket(zmq.SUB, "iopub", lab.pair(name))
+            wait_clients(2)
+            del guests[name]
+            lab.authorize(guests)
+            wait_clients(1)
+            alice.execute("files = [*globals().get('files', ()), *(open('/dev/null') for _ in range(5))]")
+
+
 class WhenNobodyKeepsTheDoor(unittest.TestCase):
     def test_a_thread_that_ended_shuts_everybody_new_out(self):
         """ZAP_ENFORCE_DOMAIN: without it ZeroMQ lets everybody in who finds nobody to ask."""

@@ -48,7 +48,7 @@ class Admission:
         self._zap.bind("inproc://zeromq.zap.01")
         self._monitors: dict[zmq.Socket, str] = {}
         self._connections: dict[str, set[int]] = {}     # channel -> descriptors of its open tcp connections
-        self._ports: set[int] = set()
+        self._ports: dict[str, int] = {}
         self._guests: set[str] = set()                  # keys that were let in, to be looked after
 
     def guard(self, sock: zmq.Socket, channel: str) -> None:
@@ -61,8 +61,8 @@ class Admission:
             self._monitors[monitor] = channel
             self._connections[channel] = set()
 
-    def start(self, ports: set[int]) -> None:
-        """ports: those of this machine whose connections are counted."""
+    def start(self, ports: dict[str, int]) -> None:
+        """ports: by channel, those of this machine whose connections are counted."""
         self._ports = ports
         own_thread("twoproc-admission", self._run)
 
@@ -120,15 +120,18 @@ class Admission:
                     self._note_refusal(channel, "no encrypted handshake: another protocol, server key, or silence")
                 elif endpoint.startswith(b"tcp:"):
                     open_now.add(descriptor)
-                    if len(open_now) > self._max_connections and self._cut(descriptor):
+                    if len(open_now) > self._max_connections:       # of those that an unbind has ended we do not hear
+                        open_now = self._connections[channel] = {
+                            other for other in open_now if self._is_open(other, channel)}
+                    if len(open_now) > self._max_connections and self._is_open(descriptor, channel, cut=True):
                         self._note_refusal(channel, "more than %d connections" % self._max_connections)
 
     def _note_refusal(self, channel: str, reason: str) -> None:
         self._access.log.note("refuse", channel=channel, reason=reason)
         logger.warning("%s: refused: %s", channel, reason)
 
-    def _cut(self, descriptor: int) -> bool:
-        """End a connection of libzmq's.  By its number, which may be another's by now: so look whose it is.
+    def _is_open(self, descriptor: int, channel: str, cut: bool = False) -> bool:
+        """Is it a connection of this channel?  Its number may be another's by now.  cut: if so, end it.
 
         No copy of the descriptor is made: there may be none left, which is why we are here.
         """
@@ -138,11 +141,11 @@ class Admission:
             return False
         try:
             name = sock.getsockname()
-            if isinstance(name, tuple) and name[1] in self._ports:
+            is_open = isinstance(name, tuple) and name[1] == self._ports.get(channel)
+            if is_open and cut:
                 sock.shutdown(socket.SHUT_RDWR)
-                return True
+            return is_open
         except OSError:
-            pass
+            return False
         finally:
             sock.detach()
-        return False

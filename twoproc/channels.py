@@ -245,7 +245,7 @@ class KernelChannels:
     # -- called by the main thread
     def start(self) -> None:
         if self._admission is not None:
-            self._admission.start(set(self._remote_ports()))
+            self._admission.start(dict(zip(CHANNELS, self._remote_ports())))
         self._heartbeat.start()
         self._thread = own_thread("twoproc-io", self._run_or_die)
 
