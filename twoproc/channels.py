@@ -177,7 +177,9 @@ class KernelChannels:
         sock = self._sockets[channel] = self._context.socket(kind)
         sock.linger = 1000
         sock.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * (self.listen.handshake_seconds if self.listen else 5.0)))
-        if self._admission is not None:
+        # The heartbeat by ipc is for whoever gets into the folder: it answers newcomers also while a cell computes in
+        # C and lets no other thread run, twoproc-admission included.
+        if self._admission is not None and (channel != "hb" or info.curve_secretkey):
             self._admission.guard(sock, channel)
         if self.listen is not None:
             # A peer whose machine or network is gone frees its identity, for it may come back.

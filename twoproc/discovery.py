@@ -59,7 +59,7 @@ class Found(NamedTuple):
         elif not self.is_ours:
             parts = ["of Jupyter: %s" % (self.info.kernel_name or "?")]
         else:
-            parts = ["silent (stopped, or computes in C)"]
+            parts = ["silent (%s)" % ("computes in C" if known["heartbeat"] else "stopped")]
         if known["listen"]:
             parts.append("listens at %s" % known["listen"])
         if known["refused"]:        # somebody has another key, or has no right to be there
