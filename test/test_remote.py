@@ -5,6 +5,7 @@ Wire stands between client and kernel: a TCP proxy of five ports that a test cut
 """
 import contextlib
 import functools
+import json
 import os
 import queue
 import random
@@ -496,6 +497,7 @@ class Addresses(unittest.TestCase):
                 f"twoproc://lab:65532/{self.KEY}": "port 65532", f"twoproc://lab:99999/{self.KEY}": "port 99999",
                 f"twoproc://lab:http/{self.KEY}": "port http", f"twoproc://lab:20555:1/{self.KEY}": "not understood",
                 f"twoproc://me@lab/{self.KEY}": "no host can be called", f"twoproc://a b/{self.KEY}": "no host can be",
+                f"twoproc://a\x1b[2Jb/{self.KEY}": "no host can be|brackets",
                 f"twoproc://fd00::7/{self.KEY}": "brackets", f"twoproc://[fd00::7/{self.KEY}": "brackets",
                 f"twoproc://[lab]:1/{self.KEY}": "no IPv6 address", "twoproc://": "no host"}.items():
             with self.subTest(text=text), self.assertRaisesRegex(ConnectionFileError, fault) as caught:
@@ -723,7 +725,8 @@ class Reaching(unittest.TestCase):
 
     def test_a_hello_that_is_not_understood(self):
         for answer in (None, b"hello", b"[]", b"{}", b'{"key": 5, "signature_scheme": "hmac-sha256"}', b"[" * 50_000,
-                       b'{"key": "x", "signature_scheme": "none"}'):
+                       *(b'{"key": "x", "signature_scheme": "%s"}' % scheme
+                         for scheme in (b"none", b"sha256", b"hmac-shake_128"))):
             with self.subTest(answer=answer and answer[:20]):
                 router = zmq.Context.instance().socket(zmq.ROUTER)
                 self.addCleanup(router.close, 0)
@@ -738,6 +741,24 @@ class Reaching(unittest.TestCase):
                 threading.Thread(target=serve, daemon=True).start()
                 reason, code = ("unauthorised", 5) if answer == b"{}" else ("hello", 2)
                 self.refusal(reason, code, self.address(port - 3, hex_of(self.lab.pair("fake")[0])))
+
+    def test_a_kernel_says_nothing_that_a_terminal_obeys(self):
+        said = {"key": "x", "signature_scheme": "hmac-sha256", "user": "\x1b[2Jal\nice", "rights": "vi\x07ew", "more": 1,
+                "kernel_name": 5}
+        info = remote._understand(json.dumps(said).encode(), self.reach(), remote.parse(self.address()))
+        self.assertEqual((info.extra["twoproc_user"], info.extra["twoproc_rights"], info.kernel_name),
+                         ("[2Jalice", "view", "5"))
+        greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"\x1b]0;title\x07".ljust(20, b"\0") + bytes(32)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def serve():
+                with contextlib.suppress(OSError):
+                    while True:
+                        with listener.accept()[0] as sock:
+                            sock.sendall(greeting)
+                            sock.recv(64)
+            threading.Thread(target=serve, daemon=True).start()
+            text = self.refusal("encryption", 2, self.address(listener.getsockname()[1] - 3))
+        self.assertTrue(text.isprintable(), text)
 
     def test_a_key_that_is_withdrawn_while_the_link_is_cut(self):
         info = self.reach()

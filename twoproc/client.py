@@ -1003,5 +1003,5 @@ def knock(info: ConnectionInfo, channel: str) -> NotReady | str | None:
     if mechanism != expected:
         words = {"NULL": "without encryption", "CURVE": "encrypted"}
         return NotReady("encryption", "the kernel at %s talks %s, the connection file says %s: is the file from an "
-                        "earlier kernel?" % (url, words.get(mechanism, mechanism), words[expected]))
+                        "earlier kernel?" % (url, words.get(mechanism, ascii(mechanism)), words[expected]))
     return mechanism

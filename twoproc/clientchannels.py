@@ -423,6 +423,7 @@ def hello(url: str, server_key: bytes, pair: tuple[bytes, bytes], timeout: float
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
         sock.linger = 0
         sock.setsockopt(zmq.IPV6, url.startswith("tcp://["))
+        sock.setsockopt(zmq.MAXMSGSIZE, 100_000)    # it has 300 bytes
         sock.curve_serverkey = server_key
         sock.curve_publickey, sock.curve_secretkey = pair
         monitor, event = sock.get_monitor_socket(_ALL_EVENTS), ""

@@ -55,6 +55,9 @@ FRESH = 60.0
 # O_NONBLOCK: opening a fifo that somebody placed must not wait for its other end.
 O_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
+# The shake family has no length of its own, so it makes no signatures.
+SIGNATURE_SCHEMES = {f"hmac-{name}" for name in hashlib.algorithms_guaranteed if not name.startswith("shake")}
+
 Z85 = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 
 
@@ -397,8 +400,7 @@ def parse_connection_file(text: bytes, path: str, *, as_kernel: bool = False) ->
         check(port == 0 or port not in ports.values(), f"{name} is {port} as another is; each channel needs its own")
         ports[name] = port
     scheme = take_text("signature_scheme", "hmac-sha256")
-    # The shake family has no length of its own, so it makes no signatures.
-    check(scheme in {f"hmac-{name}" for name in hashlib.algorithms_guaranteed if not name.startswith("shake")},
+    check(scheme in SIGNATURE_SCHEMES,
           f"signature_scheme is {_shown(scheme)}, expected hmac-sha256 or another hash of hashlib")
     key = take_text("key").encode()
     curve: dict[str, Any] = {}

@@ -14,7 +14,6 @@ a NotReady where the other end is, with the cause.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import socket
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import clientchannels, keys
 from .client import CONNECT_SECONDS, NotReady, knock
-from .connection import CHANNELS, ConnectionFileError, ConnectionInfo, fingerprint, z85_of
+from .connection import CHANNELS, SIGNATURE_SCHEMES, ConnectionFileError, ConnectionInfo, fingerprint, z85_of
 
 if TYPE_CHECKING:
     from .config import Settings
@@ -60,7 +59,7 @@ def parse(text: str, default_port: int = 20555) -> Address:
             socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
         except OSError:
             raise wrong("%s is no IPv6 address" % host) from None
-    if not re.fullmatch(r"[^\s@;,#?\"'\\]+", host):
+    if not re.fullmatch(r"[\w.:%-]+", host):
         raise wrong("no host" if not host else "no host can be called %s" % ascii(host))
     if port is not None and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) <= 65535 - len(CHANNELS) + 1):
         raise wrong("port %s, expected a number from 1 to 65531" % (port or "missing"))
@@ -199,11 +198,12 @@ def _understand(answer: bytes, info: ConnectionInfo, address: Address) -> Connec
         if said == {}:
             raise NotReady("unauthorised", "the kernel at %s does not let in your key any more" % (address,), NO_KEY)
         key, scheme = said["key"], said["signature_scheme"]
-        if not key.isascii() or not key or scheme.removeprefix("hmac-") not in hashlib.algorithms_guaranteed:
+        if not key.isascii() or not key or scheme not in SIGNATURE_SCHEMES:
             raise ValueError
-        words = {"twoproc_" + name: str(said.get(name) or "")[:100] for name in ("rights", "user")}
+        rights, user, kernel_name = ("".join(filter(str.isprintable, str(said.get(name) or "")[:100]))
+                                     for name in ("rights", "user", "kernel_name"))      # they are shown at a terminal
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise NotReady("hello", "the kernel at %s answers in words that this version does not understand: is it of "
                                 "another version?" % (address,)) from None
-    return info._replace(key=key.encode("ascii"), signature_scheme=scheme,
-                         kernel_name=str(said.get("kernel_name") or ""), extra={**info.extra, **words})
+    return info._replace(key=key.encode("ascii"), signature_scheme=scheme, kernel_name=kernel_name,
+                         extra={**info.extra, "twoproc_rights": rights, "twoproc_user": user})
