@@ -237,12 +237,14 @@ class Relay:
         Nor what has no good signature: over loopback any user of this machine may say it, and it would get ours.
         """
         with contextlib.suppress(MessageError, ValueError):     # the kernel, too, is silent to that
-            if len(self._requests) < OPEN_REQUESTS and sum(map(len, frames)) < 1 << 20:
+            if sum(map(len, frames)) < 1 << 20:
                 message = self._session.deserialize(frames)
                 if message.msg_type.endswith("_request"):
                     at = len(message.identities)
                     self._requests[message.msg_id] = Request(channel, message.identities, message.header,
                                                              frames[at + 2:])
+                if len(self._requests) > OPEN_REQUESTS:     # a refusal for its rate, for one, has no idle
+                    del self._requests[next(iter(self._requests))]
 
     def _pass_replies(self, channel: str) -> None:
         for _ in range(RECEIVE_AT_ONCE):
