@@ -324,7 +324,8 @@ def speaks_twoproc(kernel):
     return "twoproc log" in info.get("supported_features", ())
 
 
-SECTIONS = (start, idle, round_trips, queue, busy, output, interrupt, shutdown, shutdown_busy, orphan, session_log, curve)
+SECTIONS = (start, idle, round_trips, queue, busy, output, interrupt, shutdown, shutdown_busy, orphan, session_log,
+            curve)
 
 
 def restart(kernel):

@@ -329,7 +329,8 @@ class Floods(unittest.TestCase):
         before = lab.kernel.descriptors()
         for at in range(500):
             self.addCleanup(socket.create_connection(("127.0.0.1", lab.port + at % 5)).close)
-        support.wait_until(lambda: lab.kernel.descriptors() < before + 5 * 64 + 10, support.at_most(2), "cut to the limit")
+        support.wait_until(lambda: lab.kernel.descriptors() < before + 5 * 64 + 10, support.at_most(2),
+                           "cut to the limit")
         self.assertEqual(alice.execute("files = [open('/dev/null') for _ in range(200)]; len(files)").value, "200")
         alice.execute("del files")
         support.wait_until(lambda: lab.kernel.descriptors() <= before + 3, support.at_most(6), "all given back")
@@ -380,7 +381,8 @@ class WhenNobodyKeepsTheDoor(unittest.TestCase):
     def test_a_fault_of_ours_keeps_one_out_and_the_next_in(self):
         home = support.Home(self)
         script = ("import sys\nfrom twoproc import access, kernel\nadmit, calls = access.Access.admit, []\n"
-                  "def fail_first(*arguments):\n    calls.append(1)\n    return admit(*arguments) if calls[1:] else 1 / 0\n"
+                  "def fail_first(*arguments):\n    calls.append(1)\n"
+                  "    return admit(*arguments) if calls[1:] else 1 / 0\n"
                   "access.Access.admit = fail_first\nsys.exit(kernel.main(sys.argv[1:]))\n")
         kernel = support.start_kernel(self, command=f"{sys.executable} -c '{script}' -f {{connection_file}}", home=home)
         first = kernel.client(self, ready=False, channels=("control",))

@@ -743,8 +743,8 @@ class Reaching(unittest.TestCase):
                 self.refusal(reason, code, self.address(port - 3, hex_of(self.lab.pair("fake")[0])))
 
     def test_a_kernel_says_nothing_that_a_terminal_obeys(self):
-        said = {"key": "x", "signature_scheme": "hmac-sha256", "user": "\x1b[2Jal\nice", "rights": "vi\x07ew", "more": 1,
-                "kernel_name": 5}
+        said = {"key": "x", "signature_scheme": "hmac-sha256", "user": "\x1b[2Jal\nice", "rights": "vi\x07ew",
+                "more": 1, "kernel_name": 5}
         info = remote._understand(json.dumps(said).encode(), self.reach(), remote.parse(self.address()))
         self.assertEqual((info.extra["twoproc_user"], info.extra["twoproc_rights"], info.kernel_name),
                          ("[2Jalice", "view", "5"))

@@ -366,7 +366,8 @@ class Terminal:
 
     def handle_refused(self, client: Client) -> None:
         if client is self.client:
-            self.painter.say("kernel %s does not let your key in any more; trying again, should that change" % self.name)
+            self.painter.say("kernel %s does not let your key in any more; trying again, should that change"
+                             % self.name)
 
     def handle_back(self, client: Client) -> None:
         self.prompt.rights = client.rights
