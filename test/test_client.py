@@ -403,10 +403,10 @@ class Death(unittest.TestCase):
         kernel, ours = self.start()
         died = threading.Event()
         ours.watch(lambda event: died.set())
-        with connect(kernel.connection_file, username="bob") as bob:
+        with connect(kernel.connection_file, username="\x1b]0;bob\x07") as bob:
             bob.shutdown()
             self.assertTrue(died.wait(support.DEADLINE))
-        self.assertEqual(ours.died.cause, "shut down by bob")
+        self.assertEqual(ours.died.cause, "shut down by ]0;bob")     # nothing that a terminal obeys
 
     def test_a_stopped_kernel_is_silent_not_dead(self):
         kernel, _ = self.start()

@@ -81,6 +81,15 @@ class AtTheTerminal(RightsCase):
         self.alice.result(msg_id)
         terminal.wait(lambda lines: "test | second" in lines and lines[-1] == "[view]:")
 
+    def test_a_name_that_a_terminal_would_obey_is_shown_without_what_it_obeys(self):
+        terminal = self.open("viewer")
+        header = self.alice.header("kernel_info_request", username="\x1b]0;mallory\x07\x1b[2J")
+        self.alice.send_frames("control", self.alice.frames(header))
+        self.alice.reply(header["msg_id"], "control")
+        terminal.send(":who\r")
+        terminal.wait(lambda lines: any(line.startswith("]0;mallory[2J ") for line in lines))
+        self.assertNotIn("\x1b]0;mallory", terminal.raw)
+
     def test_a_viewers_enter_sends_nothing_and_says_by_what_it_may_not(self):
         terminal = self.open("viewer")
         before = self.count()

@@ -839,8 +839,9 @@ class Client:
     def _begin_dying(self, cause: str) -> None:
         if self.died is None and self._dying is None:
             if self._shutdown is not None:
+                name = str(self._shutdown.parent_header.get("username") or "a client")[:60]
                 cause = "%s by %s" % ("restarted" if self._shutdown.content.get("restart") is True else "shut down",
-                                      self._shutdown.parent_header.get("username") or "a client")
+                                      "".join(filter(str.isprintable, name)))       # it is shown at a terminal
             now = time.monotonic()
             self._dying = now + LAST_WORDS, now + LAST_WORDS_AT_MOST, cause
             self._link.close()

@@ -137,7 +137,7 @@ class Painter:
     def handle_execute_input(self, message: Message, who: str | None) -> None:
         if who is None:
             return
-        head = "%s In [%s]: " % (_one_line(who), message.content.get("execution_count", "?"))
+        head = "%s In [%s]: " % (one_line(who), message.content.get("execution_count", "?"))
         first, *rest = screen.without_escapes(str(message.content.get("code", ""))).split("\n")
         self.fresh_line()
         for line in [head + first, *("...: ".rjust(len(head)) + line for line in rest)]:
@@ -257,7 +257,7 @@ class Painter:
         if not lines:
             return
         self.fresh_line()
-        head = self.dim(_one_line(who) + " | ") if who else ""
+        head = self.dim(one_line(who) + " | ") if who else ""
         for line in lines:
             line = screen.without_moves(line)[:LINE_LIMIT]
             self._add(head + line + ("\x1b[0m" if "\x1b" in line else "") + "\n")
@@ -335,7 +335,7 @@ def _display_id(message: Message) -> str | None:
     return transient.get("display_id") if isinstance(transient, dict) else None
 
 
-def _one_line(name: str) -> str:
+def one_line(name: str) -> str:
     """Somebody else's name, safe to print: nothing but what can be seen, and not long."""
     return "".join(c for c in name if c.isprintable())[:32] or "?"
 

@@ -536,7 +536,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def tell(text: str) -> None:
-    print("twoproc.relay: %s" % text, file=sys.stderr, flush=True)
+    print("twoproc.relay: %s" % "".join(filter(str.isprintable, text)), file=sys.stderr, flush=True)    # names of others
 
 
 def serve(info: ConnectionInfo, name: str | None, settings: config.Settings) -> int:

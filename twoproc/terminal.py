@@ -45,7 +45,7 @@ from prompt_toolkit.lexers import Lexer
 from . import connection, death, discovery, screen
 from .client import END_OF_INPUT, Client, KernelDied
 from .launcher import LaunchError
-from .painter import Painter
+from .painter import Painter, one_line
 from .prompt import Invisible, Prompt, is_allowed, lexer_of
 from .session import Message, timestamp
 from .start import banner
@@ -277,7 +277,7 @@ class Terminal:
         session = message.parent_header.get("session")
         if not session or self.client is None or session == self.client.session:
             return None
-        return str(message.parent_header.get("username") or "somebody")
+        return _name_of(message)
 
     def _show_past(self, messages: list[Message]) -> None:
         """What was before we came, between two rules; a cell that runs is not past, and goes on below them."""
@@ -295,8 +295,7 @@ class Terminal:
         self._show_by_name(messages[at:])
 
     def _show_by_name(self, messages: list[Message]) -> None:
-        names = [str(message.parent_header.get("username") or "somebody") for message in messages]
-        self.painter.show(list(zip(messages, names)))
+        self.painter.show([(message, _name_of(message)) for message in messages])
         self.painter.flush_lines()
 
     def _note_message(self, message: Message, is_past: bool = False) -> None:
@@ -1048,6 +1047,10 @@ class Terminal:
 # -- small helpers
 
 _LEAVING = re.compile(r"(exit|quit)(\((keep_kernel\s*=\s*True|True)?\))?")
+
+
+def _name_of(message: Message) -> str:
+    return one_line(str(message.parent_header.get("username") or "somebody"))
 
 
 def _at_end(text: str) -> Document:
