@@ -536,7 +536,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def tell(text: str) -> None:
-    print("twoproc.relay: %s" % "".join(filter(str.isprintable, text)), file=sys.stderr, flush=True)    # names of others
+    text = "".join(filter(str.isprintable, text))       # there are names of others in it
+    print("twoproc.relay: %s" % text, file=sys.stderr, flush=True)
 
 
 def serve(info: ConnectionInfo, name: str | None, settings: config.Settings) -> int:
