@@ -346,6 +346,17 @@ class Floods(unittest.TestCase):
         self.assertTrue(any("more than 3 connections" in note.get("reason", "") for note in lab.access_log()))
 
 
+    def test_who_subscribes_without_end_is_named_and_others_read_on(self):
+        lab = Lab(self, {"alice": "run", "bob": "view"})
+        alice = lab.kernel.client(self)
+        bob = lab.socket(zmq.SUB, "iopub", lab.pair("bob"), sndhwm=0)
+        for number in range(channels.MAX_SUBSCRIPTIONS + 10):
+            bob.subscribe(b"%d" % number)
+        support.wait_until(lambda: any(note["event"] == "limit" for note in lab.access_log()), what="the note")
+        note = next(note for note in lab.access_log() if note["event"] == "limit")
+        self.assertEqual((note["name"], note["channel"]), ("bob", "iopub"))
+        self.assertEqual(alice.execute("1 + 1").value, "2")
+
     def test_readers_that_were_cut_when_a_key_was_withdrawn_are_not_counted_for_ever(self):
         guests = {f"guest{number}": "view" for number in range(5)}
         lab = Lab(self, guests, "--set", "network.max_connections=3")

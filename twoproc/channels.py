@@ -370,7 +370,7 @@ class KernelChannels:
                 elif ready in self._descriptors:
                     poller.unregister(ready)
                     self._descriptors.pop(ready)()
-            if self._is_to_cut:
+            if self._is_to_cut or self._cut:
                 self._cut_readers()
             self._drain()
         for sock in self._sockets.values():
@@ -384,7 +384,7 @@ class KernelChannels:
             return 0
         if self._head is not None:
             waits.append(0.005)     # poll() calls iopub writable while send says it is full
-        if self._is_to_cut:
+        if self._cut:
             waits.append(0.005)     # until the system has let go of the port
         if self._is_losing:
             waits.append(SETTLE_SECONDS)
@@ -403,7 +403,7 @@ class KernelChannels:
         while time.monotonic() < until:
             try:
                 if self.listen is None or channel == "iopub":
-                    frames = sock.recv_multipart(zmq.NOBLOCK)
+                    frames = sock.recv_multipart(zmq.NOBLOCK, copy=channel != "iopub")
                 else:
                     parts = sock.recv_multipart(zmq.NOBLOCK, copy=False)
                     user, frames = self._user_of(parts[-1]), [part.bytes for part in parts]
@@ -455,7 +455,9 @@ class KernelChannels:
         back has missed some messages, sees that by their numbers, and gets them from the session log.
         """
         iopub = self._sockets["iopub"]
-        if not self._cut:
+        if self._is_to_cut:
+            self._is_to_cut = False     # first: it may be asked for once more while we are at it
+            self._cut.clear()
             if self.listen is not None and self.listening is not None:
                 self._cut.append(address(self.listen.host, self.listening + CHANNELS.index("iopub")))
             if self.info.transport == "tcp":
@@ -467,13 +469,13 @@ class KernelChannels:
             while self._cut:
                 iopub.bind(self._cut[-1])
                 self._cut.pop()
-            self._is_to_cut = False
 
     def _remote_ports(self) -> range:
         return range(self.listening, self.listening + len(CHANNELS)) if self.listening else range(0)
 
-    def _welcome(self, frame: bytes) -> None:
+    def _welcome(self, received: zmq.Frame) -> None:
         """A subscription came (1 and the topic) or went (0): JEP 65, iopub_welcome."""
+        frame = received.bytes
         if frame[:1] == b"\x00":
             self.subscribers -= 1
             self._topics -= len(frame)
@@ -481,8 +483,10 @@ class KernelChannels:
             self.subscribers += 1
             self._topics += len(frame)
             if self.subscribers > MAX_SUBSCRIPTIONS or self._topics > MAX_TOPICS:
-                # Somebody subscribes without end, 80 MB a second; ZeroMQ does not say who. Whoever is honest is back
-                # in a moment. Twice a second: that one may come back as well.
+                # Somebody subscribes without end, 80 MB a second; by ZeroMQ he cannot be cut alone. Whoever is honest
+                # is back in a moment. Twice a second: that one may come back as well, until his key is withdrawn.
+                if self.access is not None:
+                    self.access.note("limit", self._user_of(received), channel="iopub")
                 logger.warning("iopub: more than %d subscriptions, or %d bytes of topics: all who read it by tcp are "
                                "cut", MAX_SUBSCRIPTIONS, MAX_TOPICS)
                 if time.monotonic() > self._flood_at:
