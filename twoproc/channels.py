@@ -402,16 +402,16 @@ class KernelChannels:
         user = ""
         while time.monotonic() < until:
             try:
-                if self.listen is None or channel == "iopub":
-                    frames = sock.recv_multipart(zmq.NOBLOCK, copy=channel != "iopub")
+                if channel == "iopub":
+                    self._welcome(sock.recv_multipart(zmq.NOBLOCK, copy=False)[0])
+                    continue
+                if self.listen is None:
+                    frames = sock.recv_multipart(zmq.NOBLOCK)
                 else:
                     parts = sock.recv_multipart(zmq.NOBLOCK, copy=False)
                     user, frames = self._user_of(parts[-1]), [part.bytes for part in parts]
             except zmq.Again:
                 return False
-            if channel == "iopub":
-                self._welcome(frames[0])
-                continue
             try:
                 self._handle(sock, channel, user, frames)
             except MessageError as error:
