@@ -206,7 +206,7 @@ def _known(path: str, text: str) -> list[KnownKernel]:
 def remember(path: str, address: str, key: str, name: str) -> None:
     """Trust the kernel at host:port from now on; exit code 6 if another key is known for it."""
     line = f"{address} {key} {name}"
-    if not name.isprintable() or _known(path, line) != [(address, key, name, 1)]:
+    if not name.isprintable() or line.partition("#")[0].split(" ") != [address, key, name] or "" in (address, name):
         raise ConnectionFileError(f"{line[:200]!a} cannot be remembered; the name has to be one word")
 
     def change(text: str) -> str:
