@@ -518,6 +518,13 @@ class TheAccessLog(Case):
         self.assertEqual(sorted(events), ["accept"] * 2 + ["limit"] + ["refuse"] * 5)
         self.assertEqual([line["lines"] for line in self.lines() if line["event"] == "limit"], [995])
 
+    def test_neither_can_who_may_only_look_by_what_he_may_not(self):
+        gate = self.access(f"view {ALICE} alice", log=self.log(), requests_per_second=1000)
+        for number in range(1000):
+            with self.assertRaises(access.NotAllowed):
+                gate.check(ALICE, f"nonsense_{number}")
+        self.assertLess(len(self.lines()), 20)
+
     def test_it_is_renamed_when_it_is_full_and_never_longer(self):
         log = self.log(1000)
         for number in range(200):

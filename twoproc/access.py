@@ -58,7 +58,8 @@ NEEDS = {
 LOOK_SECONDS = 1.0          # so old may be what a message is judged by
 LOOK_SECONDS_ADMIT = 0.1    # and a connection: who was just authorised shall not be told to wait
 FILE_LIMIT = 1 << 20        # a line has about 100 bytes
-LINES_PER_SECOND = {"refuse": 5, "bad": 5}      # of the access log, what strangers can cause; all else:
+# Of the access log, what strangers can cause, and who may only look; all else:
+LINES_PER_SECOND = {"refuse": 5, "rights": 5, "limit": 5}
 LINES_PER_SECOND_ELSE = 100
 
 # What is no fault of the file: whoever opens all our descriptors must not thereby shut everybody else out.
