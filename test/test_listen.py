@@ -346,6 +346,19 @@ class Floods(unittest.TestCase):
         self.assertTrue(any("more than 3 connections" in note.get("reason", "") for note in lab.access_log()))
 
 
+    def test_long_answers_count_as_many_and_who_reads_none_has_few_of_them(self):
+        lab = Lab(self, {"alice": "run", "bob": "view"})
+        alice, bob = lab.client("alice"), lab.client("bob", ready=False, channels=("shell",))
+        for _ in range(10):
+            alice.execute("x = '" + "x" * 100_000 + "'")
+        sent = [bob.send("shell", "history_request", {"hist_access_type": "tail", "n": 1000}) for _ in range(100)]
+        answers = [bob.reply(msg_id).content for msg_id in sent]
+        self.assertEqual((answers[0]["status"], len(answers[0]["history"])), ("ok", 10))
+        self.assertLess(len([answer for answer in answers if answer["status"] == "ok"]), 10)
+        self.assertEqual(answers[-1]["ename"], "RateLimited")
+        reply = alice.request("shell", "history_request", {"hist_access_type": "tail", "n": 9})
+        self.assertEqual(reply.content["status"], "ok")
+
     def test_who_subscribes_without_end_is_named_and_others_read_on(self):
         lab = Lab(self, {"alice": "run", "bob": "view"})
         alice = lab.kernel.client(self)

@@ -57,6 +57,7 @@ NEEDS = {
 
 LOOK_SECONDS = 1.0          # so old may be what a message is judged by
 LOOK_SECONDS_ADMIT = 0.1    # and a connection: who was just authorised shall not be told to wait
+ANSWER_SIZE = 4096          # bytes of an answer that count as another request
 FILE_LIMIT = 1 << 20        # a line has about 100 bytes
 # Of the access log, what strangers can cause, and who may only look; all else:
 LINES_PER_SECOND = {"refuse": 5, "rights": 5, "limit": 5}
@@ -339,12 +340,13 @@ class Buckets:
         self._rate, self._clock = per_second, clock
         self._state: dict[Any, tuple[float, float]] = {}    # who -> (requests left, when that was)
 
-    def take(self, who: Any) -> bool:
+    def take(self, who: Any, cost: float = 1, least: float = 1) -> bool:
+        """least: so many must be left; the rest of the cost is owed."""
         now = self._clock()
         left, since = self._state.get(who, (2 * self._rate, now))
         left = min(2 * self._rate, left + (now - since) * self._rate)
-        self._state[who] = left - (left >= 1), now
-        return left >= 1
+        self._state[who] = left - cost * (left >= least), now
+        return left >= least
 
 
 class Access:
@@ -427,6 +429,15 @@ class Access:
         return {user for user in users if user and self._known(user) is None}
 
     # -- called by any thread
+    def charge(self, user: str, size: int) -> None:
+        """An answer of so many bytes counts as one request for each ANSWER_SIZE: RateLimited once it is too much.
+
+        Not what a cell replies. Who asks for all there is and reads none of it has it wait in our memory.
+        """
+        if user and size >= ANSWER_SIZE and not self._buckets.take((user, False), size // ANSWER_SIZE, least=0):
+            self.note("limit", user)
+            raise RateLimited("too many long answers to this key (limits.requests_per_second); ask again later")
+
     def note(self, event: str, user: str = "", **fields: Any) -> None:
         """A line of the access log about somebody."""
         self.log.note(event, name=self.name(user), key=user, **fields)

@@ -512,6 +512,11 @@ class Kernel:
             data = encode(content)
         if msg_type == "execute_reply":
             self._replies.note_reply(message, data)
+        elif message.user and self.channels.access is not None:
+            try:
+                self.channels.access.charge(message.user, len(data))
+            except TooOften as error:
+                data = encode({"status": "error", "ename": "RateLimited", "evalue": str(error), "traceback": []})
         self.channels.send(channel, msg_type, data, message.header_bytes, identities=self._replies.route(message))
 
     def publish(self, msg_type: str, content: dict, metadata: dict | None = None, buffers: Any = (),
