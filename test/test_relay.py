@@ -214,6 +214,19 @@ class OverTcp(RelayCase):
         self.assertEqual(self.our_client().execute("1 + 1").content["status"], "ok")
 
 
+    def test_what_a_stranger_sends_while_the_kernel_does_not_read_is_not_kept(self):
+        """As any user of this machine may, without the key."""
+        stranger = self.relay.client(self, ready=False, key=b"another key", channels=("stdin",),
+                                     options=((zmq.SNDHWM, 1), (zmq.SNDTIMEO, 1000)))
+        before = self.relay.memory()
+        self.kernel.signal(signal.SIGSTOP)
+        self.addCleanup(self.kernel.signal, signal.SIGCONT)
+        with self.assertRaises(zmq.Again):
+            for _ in range(2000):       # as many as 1000 here and 1000 in the relay may wait, if there is no bound
+                stranger.send_frames("stdin", [bytes(1 << 20)])
+        self.assertLess(self.relay.memory() - before, 100 << 20)
+
+
 class TwoClients(RelayCase):
 
     def setUp(self):

@@ -116,7 +116,8 @@ class Relay:
     def _bind(self, channel: str, max_frame: int) -> None:
         sock = self._near[channel] = self._context.socket(zmq.XPUB if channel == "iopub" else zmq.ROUTER)
         sock.linger = 300
-        sock.setsockopt(zmq.MAXMSGSIZE, 1024 if channel == "hb" else max_frame)
+        sock.setsockopt(zmq.MAXMSGSIZE, 1024 if channel in ("hb", "iopub") else max_frame)
+        sock.setsockopt(zmq.RCVHWM, 10)     # as the kernel's: a stranger may say much by loopback, and wait
         if channel == "iopub":
             sock.setsockopt(zmq.SNDHWM, QUEUE)
             sock.setsockopt(zmq.XPUB_NODROP, 1)
@@ -166,6 +167,7 @@ class Relay:
                 sock.setsockopt(zmq.SNDHWM, 10)     # beats that wait for a kernel that is stopped are of no use to it
             else:
                 sock.setsockopt(zmq.IDENTITY, identity)
+                sock.setsockopt(zmq.SNDHWM, 10)     # what a kernel that does not read leaves here, waits in its client
             if channel in _WATCHED:
                 self._far[channel + " link"] = monitor = sock.get_monitor_socket(
                     zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
