@@ -269,6 +269,20 @@ class Changes(unittest.TestCase):
         seqs = [record["seq"] for record in page["records"] if "seq" in record]
         self.assertEqual(seqs, sorted(set(seqs)))
 
+    def test_cells_that_wait_when_their_key_is_withdrawn_do_not_run(self):
+        lab = Lab(self, {"bob": "run", "carol": "view"})
+        bob, alice = lab.client("bob"), lab.kernel.client(self)
+        flag = os.path.join(lab.home.path, "go on")
+        first = bob.send_execute(f"import os, time\nwhile not os.path.exists({flag!r}): time.sleep(0.01)")
+        second = bob.send_execute("sneaked_in = 1")
+        bob.wait_running(first)
+        lab.authorize({"carol": "view"})
+        support.wait_until(lambda: bob.request("control", "kernel_info_request").content["status"] == "error",
+                           what="the key is withdrawn")
+        open(flag, "w").close()
+        self.assertEqual(bob.reply(second).content["status"], "aborted")
+        self.assertEqual(alice.execute("'sneaked_in' in globals()").value, "False")
+
     def test_a_file_that_becomes_unsafe_lets_nobody_in_and_says_so_once(self):
         lab = Lab(self, {"alice": "run"})
         os.chmod(lab.authorized_keys, 0o666)

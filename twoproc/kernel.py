@@ -602,6 +602,10 @@ class Kernel:
     def execute_request(self, message: Message) -> None:
         """Run a cell.  Source: messaging specification, "Execute"."""
         assert self.interpreter is not None
+        if not self._may_still_run(message):
+            with self.answering(message):
+                self.reply(message, "execute_reply", {"status": "aborted"})
+            return
         content = message.content
         self.running = message
         self._cells += 1
@@ -640,6 +644,11 @@ class Kernel:
         if any(payload.get("source") == "ask_exit" and not payload.get("keepkernel")
                for payload in reply.get("payload", ())):
             self._leave_if_alone()
+
+    def _may_still_run(self, message: Message) -> bool:
+        """False for what was waiting here when the key that sent it was withdrawn."""
+        access = self.channels.access
+        return not message.user or access is None or access.rights(message.user) in ("run", "admin")
 
     def _log_begin(self, parent: bytes, msg_id: str, code: str, cell_id: Any = None) -> None:
         assert self.log is not None
@@ -797,6 +806,8 @@ class Kernel:
     def comm(self, message: Message) -> None:
         """comm_open, comm_msg, comm_close.  A handler of theirs is the user's code."""
         assert self.interpreter is not None
+        if not self._may_still_run(message):
+            return
         with self.answering(message):
             handle = getattr(self.interpreter, message.msg_type)
             self._run_alone(lambda: handle(message))
