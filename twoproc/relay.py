@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 import zmq
 
 from . import __version__, config, connection
-from .channels import SlowReaders
+from .channels import HELLO, SlowReaders
 from .client import NotReady
 from .connection import CHANNELS, ConnectionFileError, ConnectionInfo
 from .replay import read_log
@@ -52,7 +52,6 @@ OPEN_REQUESTS = 1000        # remembered until they are answered
 EXIT_DIED, EXIT_REFUSED = 70, 6
 _WATCHED = ("shell", "stdin", "iopub")      # the connections that must stand before a question may be asked again
 _NUMBER = re.compile(rb'"twoproc_seq":(\d+)}$')
-HELLO = b"twoproc_hello"    # asks the kernel which key it signs with: another one after a restart
 
 
 class Gone(Exception):
