@@ -554,6 +554,16 @@ class OnceOnly(PropertyCase):
             Session(KEY).deserialize([DELIMITER, sign(KEY, parts), *parts])
         self.assertLess(tracemalloc.get_traced_memory()[1], 10_000_000)
 
+    def test_who_may_not_run_code_has_others_hear_little_of_him(self):
+        receiver = Session(KEY, replay_memory=10)
+        for pad, may_run, is_good in ((60_000, True, True), (60_000, False, False), (3000, False, True)):
+            frames = self.signed_header({"msg_id": "1", "session": "s", "pad": "x" * pad})
+            if is_good:
+                receiver.deserialize(frames, may_run)
+            else:
+                with self.assertRaises(MalformedMessage):
+                    receiver.deserialize(frames, may_run)
+
     def test_a_parent_header_is_as_long_as_a_header_at_most(self):
         header = json.dumps({"msg_id": "1", "session": "s", "msg_type": "status"}).encode()
         for size in (100, 200_000):

@@ -364,8 +364,10 @@ class Session:
     def _decode(self, signed: list[bytes], buffers: list[bytes], identities: list[bytes],
                 large: Collection[str], guard: ReplayGuard | None) -> Message:
         header_bytes = signed[0]
-        if len(header_bytes) > MAX_HEADER:      # first: as objects 60 MB are more than 1 GB
-            raise MalformedMessage("the header has %d bytes, expected at most %d" % (len(header_bytes), MAX_HEADER))
+        # First: as objects 60 MB are more than 1 GB. And busy and idle repeat it to everybody, whoever sent it.
+        limit = MAX_HEADER if large else MAX_HEADER >> 4
+        if len(header_bytes) > limit:
+            raise MalformedMessage("the header has %d bytes, expected at most %d" % (len(header_bytes), limit))
         header = self._object(header_bytes, "header")
         msg_id, msg_type, session = header.get("msg_id"), header.get("msg_type"), header.get("session")
         if type(msg_id) is not str or not 0 < len(msg_id) <= 256:
