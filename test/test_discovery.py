@@ -153,9 +153,8 @@ class HangingAndDead(Listing):
         lab.signal(signal.SIGSTOP)
         self.addCleanup(lab.signal, signal.SIGCONT)
         files = sorted(os.listdir(os.path.join(self.home.run, "kernels")))
-        known = self.found()
-        self.assertEqual((known["lab"]["execution_state"], known["lab"]["heartbeat"], known["lab"]["pid"]),
-                         ("silent", False, lab.pid))
+        known = self.wait_found(lambda found: found["lab"]["execution_state"] == "silent")      # a signal takes its time
+        self.assertEqual((known["lab"]["heartbeat"], known["lab"]["pid"]), (False, lab.pid))
         self.assertTrue(known["well"]["heartbeat"])
         self.assertRegex(self.list(), r"(?m)^lab +pid %d .* silent \(stopped\)$" % lab.pid)
         self.assertEqual(sorted(os.listdir(os.path.join(self.home.run, "kernels"))), files)

@@ -126,12 +126,9 @@ class Secrets(unittest.TestCase):
         self.secret("carol's secret key, Z85", connection.z85_of(secret))
         address = f"twoproc://127.0.0.1:{self.lab.port}/{connection.hex_of(self.lab.host_key)}"
         answer = self.secret("what was typed far away", "far far away")
-        if "--connect" in self.run_it([*FRONTEND, "--help"]).stdout:
-            code = "n = len(input('far? ')); print(n, 'a mark from afar')"
-            remote = self.run_it([*FRONTEND, "--connect", address, "-c", code], answer + "\n")
-            self.assertEqual(remote.stdout, f"far? {len(answer)} a mark from afar\n", remote.stderr)
-        else:
-            self.lab.client("alice").execute("print('a mark from afar')")
+        code = "n = len(input('far? ')); print(n, 'a mark from afar')"
+        remote = self.run_it([*FRONTEND, "--connect", address, "-c", code], answer + "\n")
+        self.assertEqual(remote.stdout, f"far? {len(answer)} a mark from afar\n", remote.stderr)
         for command in ("show", "list", "fingerprint"):
             self.seen[command] = self.run_it([sys.executable, "-m", "twoproc.keys", command]).stdout.encode()
         # A connection file that is malformed in its keys, and one that is none.

@@ -575,4 +575,5 @@ def end(number: int, frame: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
+    connection.leave_current_folder()
     sys.exit(main())
