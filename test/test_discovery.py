@@ -153,7 +153,7 @@ class HangingAndDead(Listing):
         lab.signal(signal.SIGSTOP)
         self.addCleanup(lab.signal, signal.SIGCONT)
         files = sorted(os.listdir(os.path.join(self.home.run, "kernels")))
-        known = self.wait_found(lambda found: found["lab"]["execution_state"] == "silent")      # a signal takes its time
+        known = self.wait_found(lambda found: found["lab"]["execution_state"] == "silent")   # signals take time
         self.assertEqual((known["lab"]["heartbeat"], known["lab"]["pid"]), (False, lab.pid))
         self.assertTrue(known["well"]["heartbeat"])
         self.assertRegex(self.list(), r"(?m)^lab +pid %d .* silent \(stopped\)$" % lab.pid)
