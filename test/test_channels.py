@@ -615,10 +615,10 @@ class MuchOutputTests(unittest.TestCase):
             peer.connect(("127.0.0.1", info["iopub_port"]))
             # ZMTP 3.0, each step answered before the next: greeting, READY of a SUB, a subscription (ZeroMQ RFC 23).
             peer.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32))
-            self.assertEqual(peer.recv(64, socket.MSG_WAITALL)[12:16], b"NULL")
+            self.assertEqual(receive(peer, 64)[12:16], b"NULL")
             ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x03SUB"
             peer.sendall(bytes([4, len(ready)]) + ready)
-            self.assertEqual(peer.recv(8, socket.MSG_WAITALL)[3:], b"READY")
+            self.assertEqual(receive(peer, 8)[3:], b"READY")
             peer.sendall(b"\x00\x01\x01")
             over = threading.Event()
             read = []
@@ -640,6 +640,17 @@ class MuchOutputTests(unittest.TestCase):
             trickler.join(DEADLINE)
             self.assertTrue(all(read))          # nobody has cut it off
             self.assertEqual(self.client.execute("6 * 7").value, "42")
+
+
+def receive(peer, size):
+    """So many bytes; MSG_WAITALL does not wait for all where the socket has a timeout."""
+    data = b""
+    while len(data) < size:
+        part = peer.recv(size - len(data))
+        if not part:
+            raise AssertionError("cut off after %r" % data)
+        data += part
+    return data
 
 
 class OwnFaultTests(unittest.TestCase):

@@ -339,13 +339,14 @@ class Relay:
     def _ask_for_past(self, first: int, last: int) -> None:
         """Our kernels number what they publish; of what we missed while we were cut off the output is in their log."""
         self._gap, self._gap_until = (first, last), time.monotonic() + READY_SECONDS
-        self._ask("control", [], {}, "twoproc_log_request", {"from_seq": first, "to_seq": last}, self._hear_past)
+        self._ask("control", [], {}, "twoproc_log_request", {"from_seq": first, "to_seq": last},
+                  functools.partial(self._hear_past, first, last))
 
-    def _hear_past(self, frames: list[bytes]) -> None:
+    def _hear_past(self, first: int, last: int, frames: list[bytes]) -> None:
         """A page of it goes before the message that showed the gap."""
-        if self._gap is None:
-            return          # it came too late
-        (first, last), self._gap, held = self._gap, None, self._output.pop()
+        if self._gap != (first, last):
+            return          # it came too late, or was asked for twice
+        self._gap, held = None, self._output.pop()
         page = read_log(self._session.deserialize(frames), first, last)
         for message in page.messages:
             kind, content = message.msg_type, message.content
@@ -384,7 +385,8 @@ class Relay:
             if not unsent:
                 del self._unsent[channel]
                 self._read_requests()
-        if self._gap is not None and now > self._gap_until:
+        if self._gap is not None and now > self._gap_until and self.is_linked:
+            self._say("output is missing: the kernel did not say it again within %g s" % READY_SECONDS)
             self._gap = None
         if self._output:
             self._pass_output()
@@ -458,6 +460,8 @@ class Relay:
         if self._is_told:
             self._say("the link is back")
         self.is_linked, self._is_told = True, False
+        if self._gap is not None:       # seen before all connections stood, or when they were cut once more
+            self._ask_for_past(*self._gap)
         cells: dict[tuple, list[Request]] = {}
         for request in self._requests.values():
             header, parent, _, content = request.frames[:4]
