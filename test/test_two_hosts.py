@@ -224,7 +224,7 @@ class ThroughTheRelay(TwoHosts):
             text += message["content"].get("text", "")
             idle = message["parent_header"].get("msg_id") == later and message["content"].get(
                 "execution_state") == "idle"
-        self.assertEqual(text, "".join(f"{n}\n" for n in range(100)))
+        self.assertEqual(text, "".join(f"{n}\n" for n in range(100)), relay.log())
 
     def test_when_the_key_is_revoked_it_says_so_and_ends(self):
         relay, path = self.start_relay("bob")
