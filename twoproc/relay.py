@@ -96,6 +96,7 @@ class Relay:
         self._is_subscribed = False
         self._requests: dict[str, Request] = {}
         self._questions: dict[str, Callable[[list[bytes]], None]] = {}      # msg_id -> who takes the reply
+        self._fates = 0                             # clients whose cells the kernel is being asked about
         self._newest = 0                            # twoproc_seq of the newest output
         self._gap: tuple[int, int] | None = None    # what is missing before the last message of _output,
         self._gap_until = 0.0                       # and how long we wait for it
@@ -229,7 +230,7 @@ class Relay:
     def _read_requests(self) -> None:
         """From now on, or no longer, while the kernel cannot take them: what is left unread makes its sender wait."""
         for channel in ("shell", "control", "stdin"):
-            is_wanted = self.is_linked and channel not in self._unsent
+            is_wanted = self.is_linked and channel not in self._unsent and (channel == "control" or not self._fates)
             self._poller.modify(self._near[channel], zmq.POLLIN if is_wanted else 0)
 
     def _remember(self, channel: str, frames: list[bytes]) -> None:
@@ -421,6 +422,8 @@ class Relay:
             raise Gone("the kernel was " + self._ended, 0)
         self.is_linked, self._look_at, self._refusals = False, time.monotonic(), 0
         self._connect()
+        self._questions.clear()     # their answers went to the connection that was
+        self._fates = 0
         self._read_requests()
 
     def _knock(self) -> None:
@@ -470,6 +473,7 @@ class Relay:
             else:       # signed anew: if it was answered and the answer lost, it is answered once more
                 self._send(request.channel, [*request.identities, *self._session.serialize(
                     "", content, parent, b'{"twoproc_again":true}', header=header)])
+        self._fates = len(cells)
         for requests in cells.values():
             first = requests[0]
             self._ask("shell", first.identities, {"session": first.header.get("session")}, "twoproc_resume_request",
@@ -479,6 +483,7 @@ class Relay:
     def _hear_fate(self, frames: list[bytes]) -> None:
         """The answer to a twoproc_resume_request; see docs/protocol.md."""
         content = json.loads(frames[5])
+        self._fates -= 1        # what was sent since goes after what goes once more
         for request in filter(None, map(self._requests.get, content.get("unknown", ()))):
             # Unchanged: had it been on its way nevertheless, the kernel would refuse the second one.
             self._send(request.channel, [*request.identities, DELIMITER, self._session.sign(request.frames[:4]),
@@ -491,6 +496,7 @@ class Relay:
                 "execute_reply", {**error, "execution_count": 0}, header)])
             _send(self._near["iopub"], [b"status", *self._session.serialize(
                 "status", {"execution_state": "idle"}, header)])
+        self._read_requests()
 
 
 def _receive(sock: zmq.Socket) -> list[bytes]:
