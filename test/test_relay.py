@@ -104,6 +104,12 @@ class Cable:
     def mend(self):
         self._is_cut = False
 
+    def lose(self):
+        """While it is cut: what is on its way never arrives, and the connections are gone."""
+        for key in list(self._selector.get_map().values()):
+            if not isinstance(key.data, int):
+                self._close(key.fileobj)
+
     def end(self):
         self._is_ended = True
         self._thread.join()
@@ -381,6 +387,18 @@ class TheLink(unittest.TestCase):
         self.cable.mend()
         self.client.answer(self.client.take("stdin", what="the question"), "yes")
         self.assertEqual(self.client.result(msg_id).value, "'yes'")
+
+    def test_a_cell_that_was_lost_on_the_way_runs_before_the_one_that_was_sent_after_it(self):
+        self.client.execute("order = []")
+        self.cable.cut()        # the relay does not know it yet
+        first = self.client.send_execute("order.append(1)")
+        support.wait_until(lambda: "the link is lost" in self.relay.log(), what="what the user is told")
+        second = self.client.send_execute("order.append(2)")
+        self.cable.lose()
+        self.cable.mend()
+        for msg_id in (first, second):
+            self.assertEqual(self.client.result(msg_id).status, "ok")
+        self.assertEqual(self.client.execute("order").value, "[1, 2]")
 
     def test_what_has_no_signature_gets_none_from_the_relay(self):
         """Over loopback tcp any user of this machine may talk to it."""
