@@ -985,7 +985,7 @@ def knock(info: ConnectionInfo, channel: str) -> NotReady | str | None:
         return NotReady("refused", "nothing listens for %s at %s (%s): has the kernel ended?"
                         % (channel, url, error.strerror or error))
     with sock:
-        sock.settimeout(0.5)
+        sock.settimeout(1.5)        # a network may take half a second for a word and its answer
         try:
             sock.sendall(_GREETING)
             while len(seen) < 32:
