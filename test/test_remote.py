@@ -21,7 +21,7 @@ from unittest import mock
 import zmq
 
 from twoproc import client as client_module
-from twoproc import link, remote, replies
+from twoproc import clientchannels, link, remote, replies
 from twoproc.client import Client, ConnectionLost, KernelDied, NotReady, connect
 from twoproc.connection import CHANNELS, ConnectionFileError, fingerprint, hex_of, read_connection_file, z85_of
 from twoproc.session import Message
@@ -34,7 +34,8 @@ class Wire:
     """Five ports that lead to those of `info`; `self.info` is the same kernel by way of them.
 
     cut: every connection is closed.  While it is cut, new ones are taken and left alone, as by a network that
-    swallows packets; or refused.  hold: connections stay, and nothing comes through.  mend ends both.
+    swallows packets; or refused.  hold: connections stay, and nothing comes through, or nothing of one channel.
+    mend ends both.
     """
 
     def __init__(self, case, info, in_a_row=False, **extra):
@@ -42,8 +43,8 @@ class Wire:
         self._ports = {}
         self._listeners, self._threads, self._pairs, self._parked = [], [], [], []
         self._lock = threading.Lock()
-        self._open = threading.Event()
-        self._open.set()
+        self._open = {channel: threading.Event() for channel in CHANNELS}
+        self._release()
         self._is_cut = self._is_closed = False
         while len(self._ports) < len(CHANNELS):
             first = random.randrange(30_000, 32_000, 5) if in_a_row else 0
@@ -60,36 +61,36 @@ class Wire:
         listener = socket.create_server(("127.0.0.1", port), reuse_port=False)
         self._ports[channel] = listener.getsockname()[1], target
         self._listeners.append(listener)
-        self._start(self._accept, listener, target)
+        self._start(self._accept, listener, target, channel)
 
     def _start(self, function, *arguments):
         thread = threading.Thread(target=function, args=arguments, daemon=True)
         thread.start()
 
-    def _accept(self, listener, target):
+    def _accept(self, listener, target, channel):
         with contextlib.suppress(OSError):
             while True:
                 near, _ = listener.accept()
                 with self._lock:
-                    if self._is_cut or not self._open.is_set():
-                        self._parked.append((near, target))
+                    if self._is_cut or not self._open[channel].is_set():
+                        self._parked.append((near, target, channel))
                     else:
-                        self._join(near, target)
+                        self._join(near, target, channel)
 
-    def _join(self, near, target):
+    def _join(self, near, target, channel):
         try:
             far = socket.create_connection(("127.0.0.1", target))
         except OSError:
             near.close()
             return
         self._pairs.append((near, far))
-        self._start(self._pump, near, far)
-        self._start(self._pump, far, near)
+        self._start(self._pump, near, far, channel)
+        self._start(self._pump, far, near, channel)
 
-    def _pump(self, source, sink):
+    def _pump(self, source, sink, channel):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                self._open.wait()
+                self._open[channel].wait()
                 sink.sendall(data)
         for sock in (source, sink):
             with contextlib.suppress(OSError):
@@ -106,25 +107,30 @@ class Wire:
             self._is_cut = True
             pairs, self._pairs = self._pairs, []
         self._drop(pairs)
-        self._open.set()
+        self._release()
         if refuse:
             listeners, self._listeners = self._listeners, []
             self._drop([listeners])
 
-    def hold(self):
-        self._open.clear()
+    def hold(self, *channels):
+        for channel in channels or CHANNELS:
+            self._open[channel].clear()
+
+    def _release(self):
+        for is_open in self._open.values():
+            is_open.set()
 
     def mend(self, target=None):
         """target: the connection of another kernel, which is there now."""
         with self._lock:
             self._is_cut = False
             parked, self._parked = self._parked, []
-            self._open.set()
-            for near, port in parked:
+            self._release()
+            for near, port, channel in parked:
                 if target is not None:
                     near.close()
                 else:
-                    self._join(near, port)
+                    self._join(near, port, channel)
         if not self._listeners or target is not None:
             listeners, self._listeners = self._listeners, []
             self._drop([listeners])
@@ -459,6 +465,16 @@ class Death(WireCase):
     def test_a_kernel_that_is_shut_down_is_dead_at_once(self):
         self.ours.shutdown()
         self.wait_state("died")
+        self.assertRegex(self.ours.died.cause, "shut down by")
+        self.assertEqual(self.states, ["died"])
+
+    def test_its_goodbye_may_come_later_than_the_end_of_another_connection(self):
+        with mock.patch.object(clientchannels, "GOODBYE_SECONDS", support.DEADLINE):
+            self.wire.hold("iopub")
+            self.near.send("control", "shutdown_request", {"restart": False})
+            support.wait_until(lambda: self.ours._channels._cut_until, what="the end of another connection")
+            self.wire.mend()
+            self.wait_state("died")
         self.assertRegex(self.ours.died.cause, "shut down by")
         self.assertEqual(self.states, ["died"])
 

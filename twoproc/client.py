@@ -336,7 +336,7 @@ class Client:
         self._provoked = 0                  # how often since we heard something
         self._heard_output_at = self._looked_at = time.monotonic()
         self._dying: tuple[float, float, str] | None = None     # quiet until, at the latest, cause
-        self._shutdown: Message | None = None       # the shutdown_reply that a kernel publishes to all
+        self._shutdown: Message | None = None       # the shutdown_reply that a kernel sends to all
         self._is_closed = False
         self._pid = os.getpid()
         self._watched_pid: int | None = None
@@ -692,6 +692,8 @@ class Client:
     def _deliver(self, channel: str, message: Message) -> None:
         """Hand a message to the request that caused it, and output to the listeners as well."""
         self._kernel = message.header.get("session") or self._kernel
+        if message.msg_type == "shutdown_reply" and message.content.get("status") != "error":
+            self._shutdown = message
         if channel == "iopub":
             self._note_output(message)
         pending = self._pending_of(message)
@@ -735,8 +737,6 @@ class Client:
         self._sees_output = True
         if message.msg_type == "status":
             self.execution_state = str(message.content.get("execution_state", ""))
-        elif message.msg_type == "shutdown_reply":
-            self._shutdown = message
         for listener in self._listeners:
             self._call(listener, message)
 

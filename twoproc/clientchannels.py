@@ -42,6 +42,9 @@ _ALL_EVENTS = functools.reduce(operator.or_, _LINK_EVENTS.values())
 # an answer end it.  A connect without answer is tried anew, because the system would wait a minute for its next try.
 _REMOTE_OPTIONS = {zmq.HEARTBEAT_IVL: 5000, zmq.HEARTBEAT_TIMEOUT: 10_000, zmq.CONNECT_TIMEOUT: 5000,
                    zmq.HANDSHAKE_IVL: 10_000}
+# A kernel that ends says goodbye on each connection and closes it.  So where one was cut, what comes by the others is
+# read to their ends, but no longer than that: of a network that failed they hang.
+GOODBYE_SECONDS = 0.5
 
 
 def curve_keypair() -> tuple[str, str]:
@@ -60,7 +63,8 @@ class ClientChannels:
     on_messages(batch)   [(channel, Message), ...] that are verified.  Within a batch output comes first: a
                          kernel publishes what a cell printed before it asks for input or replies
     on_link(event)       one of _LINK_EVENTS happened to the shell connection; where a network is in between, to any
-                         but the heartbeat: then "connected" says that all of them are, and iopub may come and go
+                         but the heartbeat: then "connected" says that all of them are, iopub may come and go, and
+                         "disconnected" comes when all that the others still had to tell was told
     on_tick()            after every batch and whenever asked for: returns seconds until it wants to be called
                          again, None for no wish
     on_end(error)        the thread is about to end: None after `close`, else the exception that ended it
@@ -85,6 +89,7 @@ class ClientChannels:
         self._channels: dict[Any, str] = {}         # socket -> channel
         self._monitors: dict[Any, str] = {}         # the monitor of a channel's socket -> that channel
         self._connected: set[str] = set()           # channels, of those that have a monitor
+        self._cut_until: float | None = None        # one was cut; so long the others are read
         self._unsent: dict[str, deque] = {}         # what a full or refused connection has not taken yet
         self._descriptors: dict[int, Callable[[], None]] = {}
         self._held: list[tuple] | None = None       # what is sent while the link is lost; see `reset`
@@ -216,6 +221,7 @@ class ClientChannels:
                 self._poller.register(monitor, zmq.POLLIN)
             sock.connect(info.url(channel))
         self._connected.clear()
+        self._cut_until = None
         for channel, sock in self._sockets.items():
             self._channels[sock] = channel
             self._unsent[channel] = deque()
@@ -260,6 +266,10 @@ class ClientChannels:
         for monitor in links:
             self._read_link(monitor)
         self._receive(readable)
+        if self._cut_until is not None and (not self._connected or time.monotonic() > self._cut_until):
+            self._cut_until = None
+            self._receive(set(self._sockets) - {"hb"})      # what has arrived before the cut, for we drop it next
+            self._hear("disconnected")
         if self._heartbeat:
             self._beat()
 
@@ -267,6 +277,8 @@ class ClientChannels:
         wish = self._on_tick()
         # 1 s: safety net for a wake-up lost to Ctrl-C in another thread's put().
         seconds = 1.0 if wish is None else min(1.0, wish)
+        if self._cut_until is not None:
+            seconds = min(seconds, max(0.0, self._cut_until - time.monotonic()))
         if self._heartbeat:
             seconds = min(seconds, max(0.0, self._ping_at - time.monotonic()))
         return int(seconds * 1000) + 1
@@ -344,12 +356,14 @@ class ClientChannels:
             if event == "disconnected" and self.info.is_remote:
                 # A try that failed has its own event.  And a kernel cuts its readers when it withdraws a key; the
                 # honest ones come back by themselves.
-                if channel == "iopub" or not was_connected:
-                    continue
-                self._receive(set(self._sockets) - {"hb"})      # what has arrived before the cut, for we drop it next
-            if event:
-                self.link = event
-                self._on_link(event)
+                if channel != "iopub" and was_connected and self._cut_until is None:
+                    self._cut_until = time.monotonic() + GOODBYE_SECONDS
+            elif event:
+                self._hear(event)
+
+    def _hear(self, event: str) -> None:
+        self.link = event
+        self._on_link(event)
 
     def _beat(self) -> None:
         now = time.monotonic()
