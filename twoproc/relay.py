@@ -36,6 +36,7 @@ import zmq
 
 from . import __version__, config, connection
 from .channels import HELLO, SlowReaders
+from .clientchannels import GOODBYE_SECONDS
 from .client import NotReady
 from .connection import CHANNELS, ConnectionFileError, ConnectionInfo
 from .replay import read_log
@@ -103,6 +104,7 @@ class Relay:
         self._look_at: float | None = None          # while the link is cut: when to see whether somebody listens
         self._refusals = 0
         self._connected: set[str] = set()
+        self._cut_until: float | None = None        # one connection was cut; so long the others are read
         self._is_told = False
         self._ended = ""                            # by whom
         try:
@@ -148,6 +150,7 @@ class Relay:
             sock.close(0)
         self._unsent.clear()
         self._connected.clear()
+        self._cut_until = None
         identity = os.urandom(12).hex().encode("ascii")
         self._is_subscribed = False
         for channel in CHANNELS:
@@ -377,6 +380,8 @@ class Relay:
     def _look_around(self) -> float:
         """What has become due; returns the seconds until something may."""
         now = time.monotonic()
+        if self._cut_until is not None and (not self._connected or now > self._cut_until):
+            self._lose()
         if self._look_at is not None and now >= self._look_at:
             self._knock()
             self._look_at = time.monotonic() + 1
@@ -400,7 +405,9 @@ class Relay:
                 self._owed.clear()
         if self._output and self._gap is None:
             return 0.005            # poll() calls iopub writable while send says it is full
-        return 0.05 if self._unsent else 0.5 if self._look_at or self._repeats or self._gap else 60.0
+        if self._unsent or self._cut_until:
+            return 0.05
+        return 0.5 if self._look_at or self._repeats or self._gap else 60.0
 
     def _hear_link(self, channel: str) -> None:
         while frames := _receive(self._far[channel + " link"]):
@@ -413,14 +420,17 @@ class Relay:
                     self._look_at = None
                     if not self.is_linked:
                         self._greet()
-            elif channel != "iopub":        # that one alone is cut when somebody else's key is taken away
-                self._lose()
-                return
+            else:
+                self._connected.discard(channel)
+                if channel != "iopub" and self._cut_until is None:      # that one alone is cut with others' keys
+                    self._cut_until = time.monotonic() + GOODBYE_SECONDS
 
     def _lose(self) -> None:
+        self._pass_output()         # a goodbye may be among it
         if self._ended:
             raise Gone("the kernel was " + self._ended, 0)
-        self.is_linked, self._look_at, self._refusals = False, time.monotonic(), 0
+        # Not at once: the sockets of a process that was killed are closed one by one.
+        self.is_linked, self._look_at, self._refusals = False, time.monotonic() + 1, 0
         self._connect()
         self._questions.clear()     # their answers went to the connection that was
         self._fates = 0
