@@ -192,6 +192,32 @@ class WhatElseAnInterruptDoes(InterruptCase):
             self.assertEqual(result.reply.content["execution_count"], running.content["execution_count"])
         self.assertLess(statistics.median(took), SECONDS)
 
+    def test_one_that_strikes_in_a_callback_before_the_cell_ends_the_cell(self):
+        for event in ("pre_execute", "pre_run_cell"):
+            with self.subTest(event):
+                self.client.execute(f"""
+def wait(*info):
+    get_ipython().events.unregister({event!r}, wait)
+    print('now')
+    import time; time.sleep(60)
+get_ipython().events.register({event!r}, wait)""")
+                msg_id = self.client.send_execute("print('the cell')")
+                self.client.wait_text(msg_id, "now")
+                self.client.request("control", "interrupt_request")
+                result = self.client.result(msg_id)
+                self.assertEqual((result.reply.content["ename"], result.text()), ("KeyboardInterrupt", ""))
+
+    def test_a_callback_that_fails_is_told_and_the_cell_runs(self):
+        self.client.execute("""
+def fail():
+    get_ipython().events.unregister('pre_execute', fail)
+    1 / 0
+get_ipython().events.register('pre_execute', fail)""")
+        result = self.client.execute("print('the cell')")
+        self.assertEqual(result.status, "ok")
+        self.assertIn("(for pre_execute)", result.text())
+        self.assertTrue(result.text().endswith("the cell\n"))
+
     def test_one_that_a_finalizer_swallows_ends_the_cell_all_the_same(self):
         """Python ignores what is raised there; and the garbage collector calls finalizers anywhere."""
         for interrupt in (self.by_message, self.by_signal):

@@ -781,8 +781,11 @@ class StoppedReaders(support.KernelCase):
 import hashlib, json, sys, threading
 from twoproc.client import connect
 client, text, displays, idles, over = connect(sys.argv[1]), hashlib.sha256(), [], [], threading.Event()
+gaps = []
 
 def hear(message):
+    if message.msg_type == "twoproc_gap":
+        gaps.append(message.content)
     if message.parent_header.get("username") == "flooder":
         if message.msg_type == "stream":
             text.update(message.content["text"].encode())
@@ -798,7 +801,7 @@ client.execute("'reading'", silent=True)
 print("reading", flush=True)
 over.wait()
 print(json.dumps({"text": text.hexdigest(), "in_order": displays == list(range(len(displays))),
-                  "displays": len(displays), "idles": idles, "missed": client.missed}), flush=True)
+                  "displays": len(displays), "idles": idles, "missed": client.missed, "gaps": gaps}), flush=True)
 '''
 
     def test_one_that_is_stopped_and_goes_on_has_every_byte_and_the_idle(self):
@@ -827,7 +830,7 @@ print(json.dumps({"text": text.hexdigest(), "in_order": displays == list(range(l
             support.wait_until(lambda: reader.output().count("\n") == 2 or not reader.is_alive, 120, reader.log)
         result = json.loads(reader.output().splitlines()[1])
         self.assertEqual(result["text"], text.hexdigest())
-        self.assertEqual((result["in_order"], result["displays"], result["missed"]), (True, self.LINES, 0))
+        self.assertEqual((result["in_order"], result["displays"], result["missed"]), (True, self.LINES, 0), result["gaps"])
         self.assertEqual(result["idles"].count(pending.msg_id), 1)
 
     def test_a_frontend_that_is_stopped_in_its_own_print_loop_shows_every_line_and_ends(self):
