@@ -18,7 +18,7 @@ from unittest import mock
 
 from twoproc import client as client_module, replay
 from twoproc.client import Client, KernelDied, connect
-from twoproc.replay import read_log
+from twoproc.replay import InOrder, read_log
 from twoproc.session import Message
 
 from . import support
@@ -332,6 +332,22 @@ class Refill(unittest.TestCase):
         _, heard = self.run_cell(script)
         self.assertEqual([message.parent_header["msg_id"] for message in heard
                           if message.parent_header.get("msg_id") in ("known", "unknown")], ["known", "unknown"])
+
+    def test_who_just_came_takes_no_repeated_idle_for_the_newest_message(self):
+        delivered = []
+        client = mock.Mock(keeps_log=False, _dying=None, died=None, _is_closed=False,
+                           _deliver=lambda channel, message: delivered.append(message))
+        order = InOrder(client)
+
+        def take(number, state):
+            order.take("iopub", Message({"session": "kernel", "msg_type": "status"}, {"msg_id": str(number)},
+                                        {"twoproc_seq": number}, {"execution_state": state}, [], [], b"{}"))
+        for number, state in ((50, "idle"), (52, "idle"), (54, "idle"), (100, "busy"), (101, "idle"), (52, "idle")):
+            take(number, state)
+        self.assertEqual(order.missed, 0)
+        self.assertEqual([message.metadata["twoproc_seq"] for message in delivered], [50, 52, 54, 100, 101])
+        take(104, "idle")
+        self.assertEqual(order.missed, 2)
 
     def test_a_question_is_asked_behind_the_output_that_was_lost(self):
         events = []
@@ -830,7 +846,8 @@ print(json.dumps({"text": text.hexdigest(), "in_order": displays == list(range(l
             support.wait_until(lambda: reader.output().count("\n") == 2 or not reader.is_alive, 120, reader.log)
         result = json.loads(reader.output().splitlines()[1])
         self.assertEqual(result["text"], text.hexdigest())
-        self.assertEqual((result["in_order"], result["displays"], result["missed"]), (True, self.LINES, 0), result["gaps"])
+        self.assertEqual((result["in_order"], result["displays"], result["missed"]), (True, self.LINES, 0),
+                         result["gaps"])
         self.assertEqual(result["idles"].count(pending.msg_id), 1)
 
     def test_a_frontend_that_is_stopped_in_its_own_print_loop_shows_every_line_and_ends(self):

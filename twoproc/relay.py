@@ -293,11 +293,13 @@ class Relay:
                 self._welcome()
             if frames[0] == b"shutdown_reply":
                 self._ended = "shut down by %s" % json.loads(frames[4]).get("username", "a client")
-            elif frames[0] == b"status" and b'"idle"' in frames[6]:
+            is_idle = frames[0] == b"status" and b'"idle"' in frames[6]
+            if is_idle:
                 self._hear_idle(json.loads(frames[4]).get("msg_id"))
                 if self._repeats:
                     self._owed.append(frames)
-            if found := _NUMBER.search(frames[5]):
+            # The first may not be an idle, which the kernel repeats with the number that it had.
+            if (found := _NUMBER.search(frames[5])) and (self._newest or not is_idle):
                 newest, self._newest = self._newest, max(self._newest, int(found[1]))
                 if newest and self._newest > newest + 1:
                     self._ask_for_past(newest + 1, self._newest - 1)

@@ -217,7 +217,10 @@ class InOrder:
         if number != self._newest + 1 or message.header.get("session") != self._kernel:
             if message.header.get("session") != self._kernel:
                 # What the first kernel said before is for `catch_up`; its successor we follow from the beginning.
-                is_first, self._kernel = self._kernel is None, message.header.get("session")
+                is_first = self._kernel is None
+                if is_first and message.content.get("execution_state") == "idle":
+                    return self._is_news(message)       # repeated, maybe: then its number is an old one
+                self._kernel = message.header.get("session")
                 self._newest = number - 1 if is_first or self._why_not() else 0
             if number <= self._newest:
                 # A kernel repeats the idles that a slow reader may have lost, with the numbers they had.
