@@ -51,6 +51,12 @@ HELPER = """
                     time.sleep(0.01)
             except KeyboardInterrupt:
                 print("no")
+    def asking():
+        while True:
+            try:
+                input("again? ")
+            except BaseException:
+                print("no")
     def spin():     # not one long sleep: each turn looks for signals
         print("spinning")
         while True:
@@ -328,6 +334,21 @@ class Running(OneTerminal):
         self.terminal.send("that\r")
         self.assertIn("so what? that", self.terminal.prompt(self.number + 1))
 
+    def test_tabs_and_returns_in_a_question_do_what_they_do_in_a_line(self):
+        self.terminal.send(r"print('x\ty', end=''); x = input('\tz\nold\rwhat? ')" + "\r")
+        self.terminal.wait(lambda lines: lines[-2:] == ["x       y       z", "what?"])
+        self.terminal.send(ENTER)
+        self.terminal.prompt(self.number + 1)
+
+    def test_a_pasted_line_is_one_answer(self):
+        self.terminal.send("x = [input(f'{i}? ') for i in range(3)]\r")
+        self.terminal.wait(lambda lines: lines[-1] == "0?")
+        self.terminal.send("\x1b[200~one\ntwo\nthree\x1b[201~")
+        self.terminal.wait(lambda lines: lines[-1] == "2? three")
+        self.terminal.send(ENTER)
+        self.terminal.prompt(self.number + 1)
+        self.assertEqual(self.run_cell("x"), [f"Out[{self.number}]: ['one', 'two', 'three']"])
+
     def test_a_question_is_ended_by_ctrl_d_and_ctrl_c(self):
         for key, name in ((CTRL_D, "EOFError"), (CTRL_C, "KeyboardInterrupt")):
             self.terminal.send("x = input('n? ')\r")
@@ -467,6 +488,19 @@ class Insisting(TerminalCase):
         terminal.send("d")
         self.assertEqual(terminal.wait_end(), 0)
         self.assertIn("it lives on; join it again with: ", "\n".join(terminal.screen.lines()))
+
+    def test_a_cell_that_asks_again_and_again_does_not_hold_its_user(self):
+        terminal = self.open()
+        terminal.run("from helper import *", 1)
+        terminal.send("asking()\r")
+        for count in range(2):
+            terminal.wait(lambda lines, count=count: lines[-1] == "again?" and lines.count("no") == count)
+            terminal.send(CTRL_C)
+        terminal.wait("It does not stop. [w]ait [d]etach [r]estart [k]ill:")
+        terminal.send("w")
+        terminal.wait(lambda lines: lines[-1] == "again?")
+        terminal.send("\x1c")
+        self.assertEqual(terminal.wait_end(), 0)
 
     def test_a_cell_that_does_not_stop_is_ended_by_a_restart(self):
         terminal = self.open()

@@ -97,13 +97,13 @@ class Painter:
     def take_line(self) -> str:
         """The unfinished line in front of a question, taken off the screen: the question shows it again."""
         line = self._line
-        if screen.width_of(screen.without_escapes(line)) >= self.size()[0] or "\b" in line:
+        if screen.rows_below(line, self.size()[0]) != 0:
             self.fresh_line()
             return ""
         if line:
             self._out.append("\r\x1b[K")
             self._line = ""
-        return line.rpartition("\r")[2]
+        return line
 
     def flush_lines(self, keys: list | None = None) -> None:
         """Show the unfinished lines of other speakers as they are."""

@@ -24,7 +24,9 @@ from prompt_toolkit.filters import (Condition, emacs_insert_mode, has_completion
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import History
 from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.key_binding.key_processor import KeyPress
 from prompt_toolkit.key_binding.vi_state import InputMode
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout.processors import Processor, Transformation
 from prompt_toolkit.lexers import DynamicLexer, Lexer, PygmentsLexer, SimpleLexer
 from prompt_toolkit.output import ColorDepth
@@ -79,7 +81,7 @@ class Prompt:
         return FormattedText([("class:prompt", ("" if is_soft_wrap else "...: ").rjust(width))])
 
     def _keys(self) -> KeyBindings:
-        keys = KeyBindings()
+        keys = leaving_keys(self._tell)
         is_typing = has_focus(DEFAULT_BUFFER) & (vi_insert_mode | emacs_insert_mode)
 
         @keys.add("enter", filter=has_focus(DEFAULT_BUFFER) & ~has_selection & (is_typing | vi_navigation_mode))
@@ -103,10 +105,6 @@ class Prompt:
         @keys.add("v", filter=vi_navigation_mode & has_focus(DEFAULT_BUFFER))
         def _edit(event: Any) -> None:
             event.current_buffer.open_in_editor()
-
-        @keys.add("c-\\")
-        def _detach(event: Any) -> None:
-            self._tell("detach")
 
         return keys
 
@@ -153,6 +151,28 @@ class Prompt:
         if status == "incomplete":
             return "incomplete", str(content.get("indent") or "")
         return ("complete", "") if status in ("complete", "invalid") else local
+
+
+def leaving_keys(tell: Callable[..., None]) -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("c-\\")
+    def _detach(event: Any) -> None:
+        tell("detach")
+
+    return keys
+
+
+def question_keys(tell: Callable[..., None]) -> KeyBindings:
+    """For the questions of a cell: its user can leave, and a paste of several lines answers as many questions."""
+    keys = leaving_keys(tell)
+
+    @keys.add(Keys.BracketedPaste)
+    def _paste(event: Any) -> None:
+        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        event.app.key_processor.feed_multiple([KeyPress(Keys.Enter if c == "\n" else c, c) for c in text])
+
+    return keys
 
 
 class SavedHistory(History):

@@ -46,7 +46,7 @@ from . import connection, death, discovery, screen
 from .client import END_OF_INPUT, Client, KernelDied
 from .launcher import LaunchError
 from .painter import Painter, one_line
-from .prompt import Invisible, Prompt, is_allowed, lexer_of
+from .prompt import Invisible, Prompt, is_allowed, lexer_of, question_keys
 from .session import Message, timestamp
 from .start import banner
 
@@ -379,6 +379,7 @@ class Terminal:
     def handle_interrupt(self) -> None:
         """SIGINT: Ctrl-C while no prompt is up, or sent by somebody."""
         if self.cell is not None and self._app is None:
+            self.painter.say("")        # the terminal itself has written ^C
             self._interrupt_cell()
 
     def handle_detach(self) -> None:
@@ -642,7 +643,6 @@ class Terminal:
         now = time.monotonic()
         is_insisting = cell.interrupted_at is not None and now - cell.interrupted_at < INSISTING_SECONDS
         cell.interrupted_at = now
-        self.painter.say("")        # the terminal itself has written ^C
         self.painter.is_muffled = True
         try:
             self.client.interrupt_nowait()
@@ -677,9 +677,12 @@ class Terminal:
         self.painter.flush_lines()
         message = self.painter.take_line() + screen.EscapeFilter(colors=self.painter.colors, moves=False).feed(
             str(question.content.get("prompt", "")))
+        # prompt_toolkit would show these characters by name.
+        message = "\n".join(map(screen.last_state, message.replace("\b", "").split("\n"))).expandtabs()
         session: PromptSession = PromptSession(
             message=ANSI(message), history=InMemoryHistory() if password else self.answers,
             enable_history_search=not password, input_processors=[Invisible()] if password else None,
+            key_bindings=question_keys(self.inbox.put),
             color_depth=self.session.color_depth, editing_mode=self.session.editing_mode)
         try:
             answer = self._run_prompt(session)
@@ -687,7 +690,7 @@ class Terminal:
             answer = END_OF_INPUT
         except KeyboardInterrupt:
             answer = None
-            self.client.interrupt_nowait()      # the kernel's input() raises it there
+            self._interrupt_cell()      # the kernel's input() raises it there
         finally:
             self.painter.begin_cell()
         if answer is not None and cell.reply is None:   # else the cell ended, or we leave, while the user was thinking
