@@ -101,6 +101,23 @@ class Starting(LauncherCase):
             process.start(0.2)
         self.assertFalse(process.is_alive)
 
+    def test_ctrl_c_while_it_starts_leaves_no_kernel_and_no_file(self):
+        process = KernelProcess(keep=True)
+        self.addCleanup(process.kill)
+        answers = [KeyboardInterrupt, connection.ConnectionFileError("gone"), connection.ConnectionFileError("gone")]
+        with mock.patch("twoproc.connection.read_connection_file", side_effect=answers):
+            with self.assertRaises(KeyboardInterrupt):
+                process.start()
+        self.assertEqual((process.is_alive, process.cause()), (False, "SIGKILL from its launcher"))
+        self.assertEqual(self.files(), [])
+
+    def test_a_command_that_cannot_be_started_leaves_no_file_and_may_be_tried_again(self):
+        process = KernelProcess(argv=[sys.executable, "\0"])
+        for _ in range(2):
+            with self.assertRaises(LaunchError):
+                process.start()
+        self.assertEqual((process.is_alive, self.files()), (False, []))
+
     def test_a_command_that_does_not_exist_is_named(self):
         with self.assertRaisesRegex(LaunchError, "cannot start /no/such/program: No such file"):
             launch(argv=["/no/such/program", "{connection_file}"])
@@ -216,6 +233,17 @@ class Ending(LauncherCase):
         self.assertTrue(os.path.exists(process.log_file))
         process.shutdown()
         self.assertEqual(self.files(), [])
+
+    def test_ending_a_kernel_long_dead_spares_a_group_that_has_its_number_by_now(self):
+        process = self.launch()
+        process.kill()
+        other = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        self.addCleanup(other.wait)
+        self.addCleanup(other.kill)
+        with mock.patch.object(process.process, "pid", other.pid):
+            process.shutdown()
+        other.send_signal(signal.SIGINT)        # what would have ended it before is told apart from this
+        self.assertEqual(other.wait(support.DEADLINE), -signal.SIGINT)
 
     def test_last_words_are_the_end_of_the_log(self):
         process = self.launch(argv=[sys.executable, "-c", "print('one'); print('two'); raise SystemExit(4)"])

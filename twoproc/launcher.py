@@ -133,21 +133,20 @@ class KernelProcess:
         except FileExistsError:     # of the kernel before a restart
             log = connection.open_private(self.log_file, how)
             os.ftruncate(log, 0)
-        self._ended.clear()
-        self._cause, self._signal_sent, self._is_expected = None, 0, False
         # A thread of ours may block SIGINT; the child would inherit that, and could never be interrupted.
         mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}) if os.name == "posix" else None
         try:
             self.process = subprocess.Popen(argv, env=self._environment(), cwd=self._cwd, stdin=subprocess.DEVNULL,
                                             stdout=log, stderr=log, start_new_session=True)
-        except OSError as error:
-            self._ended.set()
+        except (OSError, ValueError) as error:      # the latter: a kernelspec with a NUL in it
             self._remove_files()
-            raise LaunchError("cannot start %s: %s" % (argv[0], error.strerror or error)) from None
+            raise LaunchError("cannot start %s: %s" % (argv[0], getattr(error, "strerror", error))) from None
         finally:
             os.close(log)
             if mask is not None:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._ended.clear()
+        self._cause, self._signal_sent, self._is_expected = None, 0, False
         threading.Thread(target=self._reap, args=(self.process,), name="twoproc-launcher", daemon=True).start()
 
     def _environment(self) -> dict[str, str]:
@@ -163,22 +162,24 @@ class KernelProcess:
     def _wait_file(self, timeout: float, was_there: bool) -> None:
         """Until the kernel has written its connection file, which it does when it can be connected to."""
         deadline = time.monotonic() + timeout
-        while True:
-            with contextlib.suppress(connection.ConnectionFileError):
-                info = connection.read_connection_file(self.connection_file)
-                if not was_there or info.extra.get("twoproc_pid") in (None, self.pid):
-                    self._info = info
-                    return
-            # Waiting for a file is looking again; its death, which is the other end, wakes us at once.
-            if self._ended.wait(0.002):
-                text, code = self._last_words_text(), self.returncode or 70
-                self._remove_files()
-                raise LaunchError("the kernel did not start: %s%s" % (self.cause(), text), code)
-            if time.monotonic() > deadline:
-                self.kill()
-                text = self._last_words_text()
-                self._remove_files()
-                raise LaunchError("the kernel wrote no connection file within %g s%s" % (timeout, text))
+        try:
+            while True:
+                with contextlib.suppress(connection.ConnectionFileError):
+                    info = connection.read_connection_file(self.connection_file)
+                    if not was_there or info.extra.get("twoproc_pid") in (None, self.pid):
+                        self._info = info
+                        return
+                # Waiting for a file is looking again; its death, which is the other end, wakes us at once.
+                if self._ended.wait(0.002):
+                    raise LaunchError("the kernel did not start: %s%s" % (self.cause(), self._last_words_text()),
+                                      self.returncode or 70)
+                if time.monotonic() > deadline:
+                    raise LaunchError("the kernel wrote no connection file within %g s%s" % (
+                        timeout, self._last_words_text()))
+        except BaseException:       # Ctrl-C too: nobody would know of a kernel that is to outlive us
+            self.kill()
+            self._remove_files()
+            raise
 
     # -- looking
     @property
@@ -324,6 +325,11 @@ class KernelProcess:
             return
         deadline = time.monotonic() + 0.5
         try:
+            # The kernel was waited for. While any of its group lives its number is given to nobody: a process that
+            # has it now is somebody else's, with a group of its own.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, 0)
+                return
             os.killpg(self.pid, signal.SIGTERM)
             while time.monotonic() < deadline:
                 time.sleep(0.01)        # not our children: nothing to wait for, only to look at
