@@ -589,6 +589,20 @@ class CatchUp(unittest.TestCase):
         self.assertEqual((self.texts(True), self.texts(False)), ("", "live\n"))
         self.assertEqual(fake.questions, [])
 
+    def test_who_caught_up_is_told_of_what_is_lost_from_then_on(self):
+        def script(fake, message):
+            fake.begin(message)
+            fake.say(message, "0\n")
+            fake.say(message, "1\n", is_lost=True)
+            fake.kept_from = fake.seq + 1
+            fake.say(message, "2\n")
+            fake.end(message)
+        with connect(LoggingKernel(self, scripted(script)).info) as ours:
+            ours.catch_up(self.listener())
+            ours.execute("", timeout=support.DEADLINE)
+        self.assertEqual([message.content.get("text", message.content.get("reason")) for was_past, message
+                          in self.events if message.msg_type in ("stream", "twoproc_gap") and not was_past],
+                         ["0\n", "it is no longer kept", "2\n"])
 
     def test_a_log_that_cannot_be_written_hides_nothing_of_what_is_live(self):
         """Not even what came while it was asked."""

@@ -366,6 +366,7 @@ class Follower:
     def _is_in_page(self, message: Message) -> bool:
         if message.header.get("session") != self._kernel:
             return False
-        # A cell's input is in the log a moment before it is published.
-        return (_number(message) or 0) <= self._page.seq or (
+        number = _number(message)
+        # Only what tells of a loss has no number.  A cell's input is in the log a moment before it is published.
+        return number is not None and number <= self._page.seq or (
             message.msg_type == "execute_input" and message.parent_header.get("msg_id") in self._begun)
