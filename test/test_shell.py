@@ -195,6 +195,16 @@ class Cells(ShellCase):
         outcome = self.run_cell("class R:\n    def __repr__(self): return 1/0\nR()")
         self.assertEqual((outcome.reply["status"], outcome.error), ("error", "ZeroDivisionError"))
 
+    def test_ctrl_c_in_a_repr_is_forgotten_in_the_next_cell(self):
+        self.assertEqual(self.run_cell("class R:\n    def __repr__(self): raise KeyboardInterrupt\nR()").error,
+                         "KeyboardInterrupt")
+        self.assertRuns("try: 1/0\nexcept Exception: get_ipython().showtraceback()")
+
+    def test_a_repr_may_show_values_itself(self):
+        outcome = self.assertRuns("import sys\nclass R:\n    def __repr__(self):\n        sys.displayhook(5)\n"
+                                  "        return 'R'\nR()", "R")
+        self.assertEqual([result["data"]["text/plain"] for result in outcome.of("execute_result")], ["5", "R"])
+
     def test_system_exit_is_reported_and_the_next_cell_runs(self):
         self.assertEqual(self.run_cell("import sys; sys.exit(3)").error, "SystemExit")
         self.assertRuns("1", "1")

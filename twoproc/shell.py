@@ -466,7 +466,7 @@ def flush_streams() -> None:
 class ResultHook(DisplayHook):
     """sys.displayhook: the value of a cell's last expression becomes execute_result."""
 
-    content: Any = None                     # of the execute_result that is being made
+    is_formatting = False
 
     def quiet(self) -> bool:
         """Whether the last token of the cell is a semicolon."""
@@ -480,20 +480,23 @@ class ResultHook(DisplayHook):
             return words[-1:] == [";"]
         return False
 
-    def start_displayhook(self) -> None:
-        self.content = {"execution_count": self.prompt_count, "data": {}, "metadata": {}}
-
     def write_output_prompt(self) -> None:
         pass
 
+    def compute_format_data(self, result):
+        self.is_formatting = True
+        try:
+            return super().compute_format_data(result)
+        finally:
+            self.is_formatting = False
+
     def write_format_data(self, format_dict, md_dict=None) -> None:
-        self.content.update(data=format_dict, metadata=md_dict or {})
+        flush_streams()
+        self.shell.publish("execute_result", {
+            "execution_count": self.prompt_count, "data": format_dict, "metadata": md_dict or {}})
 
     def finish_displayhook(self) -> None:
-        content, self.content = self.content, None
-        flush_streams()
-        if content["data"]:
-            self.shell.publish("execute_result", content)
+        pass
 
 
 class Publisher(DisplayPublisher):
@@ -751,7 +754,7 @@ class ZMQInteractiveShell(InteractiveShell):
         if self.interpreter.is_starting:
             print("\n".join(self.last_error["traceback"]), file=sys.stderr)
             return
-        self.is_display_broken = self.displayhook.content is not None or self.is_display_broken
+        self.is_display_broken = self.displayhook.is_formatting or self.is_display_broken
         self.publish("error", dict(self.last_error))
 
     def excepthook(self, etype, value, tb) -> None:
