@@ -148,6 +148,28 @@ class Starting(TerminalCase):
         terminal.prompt(2)
         self.assertEqual([line for line in terminal.screen.all_lines() if line == "early"], ["early"])
 
+    def test_ctrl_c_gives_the_input_back_while_the_kernel_does_not_come(self):
+        kernel = support.start_kernel(self, home=self.home)
+        os.kill(kernel.pid, signal.SIGSTOP)
+        terminal = self.start("--quiet", "--existing", kernel.connection_file)
+        terminal.prompt(1)
+        terminal.send("6*7\r" + "\r")
+        terminal.wait(lambda lines: lines[-1] != "In [1]: 6*7")        # the second Enter comes behind the prompt
+        terminal.send(CTRL_C)
+        terminal.wait(lambda lines: lines.count("In [1]: 6*7") == 2)
+        os.kill(kernel.pid, signal.SIGCONT)
+        terminal.send(ENTER)
+        terminal.wait("Out[1]: 42")
+
+    def test_a_restart_waits_for_the_kernel(self):
+        terminal = self.start("--quiet")
+        terminal.send(":restart\r")
+        terminal.wait("[y]es [n]o:")
+        terminal.send("y")
+        terminal.wait(lambda lines: lines[-1] == "In [1]:" and lines[-2] == "")
+        self.assertEqual(terminal.run("1", 1)[-3:], ["Out[1]: 1", "", "In [2]:"])
+        self.assertNotIn("died", terminal.raw)
+
     def test_a_kernel_that_cannot_start_is_one_line(self):
         terminal = self.start("--kernel", "no-such")
         self.assertEqual(terminal.wait_end(), 2)
@@ -787,6 +809,8 @@ class Leaving(TerminalCase):
 
     def test_a_kernel_that_everybody_else_has_left_is_ones_own_again(self):
         terminal = self.open("--name", "visited")
+        file = os.path.join(self.home.run, "kernels", "visited.json")       # the prompt is there before its kernel
+        support.wait_until(lambda: os.path.exists(file), what="the kernel")
         guest = self.start("--quiet", "--existing", "visited", user="bob")
         guest.prompt(1)
         guest.run("'was here'", 1)
@@ -843,10 +867,14 @@ class Leaving(TerminalCase):
         first = self.open("--name", "first")
         first.run("x = 'first'", 1)
         second = self.open("--name", "second")
+        second.send(":connect\r")
+        second.wait(":connect: which one?")
         second.send(":connect first\r")
         second.wait("now at kernel first")
         second.prompt(2)
         self.assertIn("Out[2]: 'first'", second.run("x", 2))
+        second.send(":restart\r")
+        second.wait(":restart: only who started kernel first can restart it")
 
 
 class DeathsWithoutALog(TerminalCase):
@@ -905,6 +933,31 @@ class DeathsWithoutALog(TerminalCase):
 
 
 class OtherKernels(TerminalCase):
+
+    def test_a_kernel_that_cannot_be_started_again_leaves_a_choice(self):
+        folder = os.path.join(self.home.path, "jupyter", "kernels", "fragile")
+        os.makedirs(folder)
+        script = os.path.join(folder, "start")
+        with open(script, "w") as file:
+            file.write(f"#!/bin/sh\nexec {sys.executable} -m twoproc.kernel \"$@\"\n")
+        os.chmod(script, 0o700)
+        with open(os.path.join(folder, "kernel.json"), "w") as file:
+            json.dump({"argv": [script, "-f", "{connection_file}"], "language": "python"}, file)
+        terminal = self.open("--kernel", "fragile", JUPYTER_PATH=os.path.join(self.home.path, "jupyter"))
+        terminal.run("1", 1)
+        os.unlink(script)
+        terminal.send(":restart\r")
+        terminal.wait("[y]es [n]o:")
+        terminal.send("y")
+        terminal.wait("not restarted: cannot start ")
+        for _ in range(2):
+            terminal.wait(lambda lines: lines[-1] == "[n]ew kernel [q]uit:")
+            terminal.send("n")
+            terminal.wait(lambda lines: lines[-1] != "[n]ew kernel [q]uit:")
+        terminal.wait(lambda lines: lines[-1] == "[n]ew kernel [q]uit:")
+        terminal.send("q")
+        self.assertNotEqual(terminal.wait_end(), 0)
+        self.assertNotIn("internal error", terminal.raw)
 
     def test_ipykernel_is_driven(self):
         try:

@@ -47,7 +47,7 @@ ROOMS = {
     "link": ("session client", ""),
     "remote": ("clientchannels client config connection keys", ""),
     "launcher": ("connection client crashlog", ""),
-    "relay": ("channels client config connection remote replay session", "zmq"),
+    "relay": ("channels client clientchannels config connection remote replay session", "zmq"),
     "start": ("connection config launcher ssh remote client death", ""),
     "ssh": ("connection client", ""),
     "death": ("crashlog recovery connection client", ""),

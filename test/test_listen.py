@@ -359,17 +359,20 @@ class Floods(unittest.TestCase):
         self.assertEqual(first.execute("1+1").value, "2")
         self.assertTrue(any("more than 3 connections" in note.get("reason", "") for note in lab.access_log()))
 
-
     def test_long_answers_count_as_many_and_who_reads_none_has_few_of_them(self):
         lab = Lab(self, {"alice": "run", "bob": "view"})
         alice, bob = lab.client("alice"), lab.client("bob", ready=False, channels=("shell",))
         for _ in range(10):
             alice.execute("x = '" + "x" * 100_000 + "'")
+        started = time.monotonic()
         sent = [bob.send("shell", "history_request", {"hist_access_type": "tail", "n": 1000}) for _ in range(100)]
         answers = [bob.reply(msg_id).content for msg_id in sent]
+        seconds = time.monotonic() - started
         self.assertEqual((answers[0]["status"], len(answers[0]["history"])), ("ok", 10))
-        self.assertLess(len([answer for answer in answers if answer["status"] == "ok"]), 10)
-        self.assertEqual(answers[-1]["ename"], "RateLimited")
+        # 244 requests each; 400 there are at the beginning, 200 come each second, and the last may be owed.
+        given = [answer for answer in answers if answer["status"] == "ok"]
+        self.assertLess(244 * (len(given) - 1), 400 + 200 * seconds)
+        self.assertEqual({answer.get("ename") for answer in answers if answer not in given}, {"RateLimited"})
         reply = alice.request("shell", "history_request", {"hist_access_type": "tail", "n": 9})
         self.assertEqual(reply.content["status"], "ok")
 
