@@ -319,7 +319,7 @@ class InputTests(KernelCase):
 
     def test_an_answer_that_comes_before_the_question_is_not_taken_for_it(self):
         self.client.send("stdin", "input_reply", {"value": "too early"})
-        self.client.execute("pass")
+        self.client.wait_stdin_read()       # two sockets keep no order between them
         msg_id, question = self.ask()
         self.client.answer(question, "in time")
         self.assertEqual(self.client.result(msg_id).value, "'in time'")
@@ -489,6 +489,15 @@ class EndTests(unittest.TestCase):
         client.execute("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()")
         client.request("control", "shutdown_request", {"restart": False})
         self.assert_ends(kernel, 0)
+
+    def test_much_output_that_waits_while_it_ends_is_no_fault(self):
+        """pyzmq's own exit function has then run, after which pyzmq lends ZeroMQ no memory."""
+        kernel, client = self.start()
+        client.wait_text(client.send_execute(
+            "import threading\ndef flood():\n    while True: print('x' * 100_000)\n"
+            "threading.Thread(target=flood).start()\nprint('now')"), "now")
+        os.kill(kernel.pid, signal.SIGTERM)
+        self.assert_ends(kernel, 143)
 
     def test_exit_in_a_cell_does_not_end_a_kernel_that_no_jupyter_manager_started(self):
         kernel, client = self.start()

@@ -637,8 +637,8 @@ class KernelChannels:
     def _send(sock: zmq.Socket, frames: list) -> bool:
         """False when the socket cannot take the message now; then nothing of it was sent."""
         try:
-            # Large frames are handed over, small ones are cheaper to copy: pyzmq's threshold decides.
-            sock.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < 65_536)
+            # Copied, however large: what it was lent pyzmq frees as exit functions run, and ZeroMQ may still read it.
+            sock.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
