@@ -284,6 +284,23 @@ class OutboxTests(ChannelsCase):
         self.assertEqual([content.get("text", kind) for kind, content in found],
                          ["a", "b", "c", "d", "display_data", "e", "status"])
 
+    def test_what_another_thread_puts_in_front_meanwhile_is_neither_lost_nor_takes_a_texts_place(self):
+        write_first = self.channels.write_first
+
+        class Parent(bytes):
+            """The other thread strikes while it is looked at whether the texts are neighbours."""
+            def __ne__(self, other):
+                if first := warning.pop():
+                    write_first("stderr", first, b"{}")
+                return bytes(self) != other
+        warning, client, release = [None] * 9 + ["warning"], self.client(), self.hold()
+        for text in "abc":
+            self.channels.write("stdout", text, Parent(b"{}"))
+        self.channels.send("iopub", "status", {})
+        release()
+        texts = [content["text"] for _, content in self.output(client, until="status")[:-1]]
+        self.assertEqual((texts.count("warning"), "".join(texts).replace("warning", "")), (1, "abc"))
+
     def test_a_long_text_leaves_in_chunks_and_whole(self):
         client = self.client()
         text = "".join(random.choices("abcdefgh\n", k=12_345))

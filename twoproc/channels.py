@@ -537,13 +537,13 @@ class KernelChannels:
         first_name, text, first_parent = first
         parts, size, limit = [text], len(text), self.limits.stream_chunk
         entries = self.outbox._items
-        while size < limit and entries and type(entries[0]) is Text:
-            name, text, parent = entries[0]
-            if name != first_name or parent != first_parent:
+        while size < limit and entries:
+            entry = entries.popleft()       # first: another thread may put something in front, see write_first
+            if type(entry) is not Text or entry.name != first_name or entry.parent != first_parent:
+                entries.appendleft(entry)
                 break
-            entries.popleft()
-            parts.append(text)
-            size += len(text)
+            parts.append(entry.text)
+            size += len(entry.text)
         self._sent_bytes += size + 64 * len(parts)
         self._text_sent = time.monotonic()
         text = "".join(parts)
