@@ -387,8 +387,9 @@ class Client:
     # -- hearing
 
     def collect(self, timeout=0):
-        """Take in whatever arrives within timeout; returns as soon as something did."""
-        for socket, _ in self.poller.poll(timeout * 1000):
+        """Take in whatever arrives within timeout; returns as soon as something did, and whether it did."""
+        arrived = self.poller.poll(timeout * 1000)
+        for socket, _ in arrived:
             channel = next(name for name in self.sockets if self.sockets[name] is socket)
             for _ in range(500):        # a kernel that floods us must not keep us from our deadlines
                 try:
@@ -401,6 +402,7 @@ class Client:
                 message = self.parse(frames)
                 if message.header["msg_type"] != "iopub_welcome":       # it answers nobody's request
                     self.inbox[channel].append(message)
+        return bool(arrived)
 
     def parse(self, frames):
         start = frames.index(DELIMITER)
@@ -423,13 +425,18 @@ class Client:
             seen = len(inbox)
             left = end - time.monotonic()
             if left <= 0:
-                raise DeadlineError(f"nothing on {channel} within {deadline} s: "
-                                    f"{what() if callable(what) else what or 'a message'}")
+                raise DeadlineError(f"nothing on {channel} within {deadline} s: {self.missing(what)}")
             is_alive = self.kernel is None or self.kernel.is_alive
-            self.collect(min(left, 0.5))
-            if not is_alive and len(inbox) == seen:
-                raise DeadlineError(f"the kernel ended with {self.kernel.popen.returncode} before {what}:\n"
-                                    + self.kernel.log())
+            # Anything at all that comes from a dead kernel gives the others time: no order holds between sockets.
+            if not self.collect(min(left, 0.5)) and not is_alive:
+                raise DeadlineError(f"the kernel ended with {self.kernel.popen.returncode} before "
+                                    f"{self.missing(what)}:\n{self.kernel.log()}")
+
+    def missing(self, what):
+        """What is waited for in vain, and what there is instead."""
+        there = {channel: [message.msg_type if channel != "hb" else message for message in inbox]
+                 for channel, inbox in self.inbox.items() if inbox}
+        return f"{what() if callable(what) else what or 'a message'}; there is: {there or 'nothing'}"
 
     def reply(self, msg_id, channel="shell", deadline=DEADLINE):
         return self.take(channel, lambda message: message.parent_id == msg_id, deadline, f"reply to {msg_id}")
@@ -463,9 +470,28 @@ class Client:
                          deadline, f"execute_input of {msg_id}")
 
     def wait_text(self, msg_id, text, deadline=DEADLINE):
-        """Until this cell has printed text."""
-        return self.take("iopub", lambda message: message.parent_id == msg_id
-                         and text in message.content.get("text", ""), deadline, f"{text!r} from {msg_id}")
+        """Until this cell has printed text. It may come in pieces: print() writes the end of a line by itself."""
+        said = ""
+
+        def has_said(message):
+            nonlocal said
+            if message.parent_id == msg_id:
+                said += message.content.get("text", "")
+            return text in said
+        return self.take("iopub", has_said, deadline, lambda: f"{text!r} from {msg_id} after {said[-1000:]!r}")
+
+    def wait_stdin_read(self):
+        """Until the kernel has read what was sent on stdin, where nothing is answered: it has when it complains
+        about what is sent behind it."""
+        if not IS_OURS:
+            return self.is_silent("stdin", 2)
+        complaint = "stdin: wrong signature"
+        complaints = self.kernel.log().count(complaint)
+
+        def complains():
+            self.send_frames("stdin", self.frames(self.header("input_reply"), key=b"x"))
+            return self.kernel.log().count(complaint) > complaints
+        wait_until(complains, what=complaint, pause=0.1)
 
     def is_silent(self, channel, seconds):
         """Nothing comes on channel for so long."""

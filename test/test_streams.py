@@ -444,7 +444,7 @@ class ForkTests(unittest.TestCase):
         self.assertEqual(wait.text().splitlines()[-1], "0")
         pids = {int(self.run_cell("os.getpid()").value) for _ in range(5)}
         self.assertEqual(pids, {self.kernel.pid})
-        self.assertEqual(self.client.collect(), None)
+        self.client.collect()
         self.assertEqual([message.msg_type for message in self.client.inbox["shell"]], [])
 
     def test_the_error_of_a_child_is_seen_and_its_status(self):

@@ -9,6 +9,7 @@ What a user sees is the last state of the screen, not the bytes that led to it; 
 The emulator knows what prompt_toolkit and ordinary programs use, answers the question for the cursor's
 position, and keeps what scrolls away.  Unknown sequences are collected in `Screen.unknown`.
 """
+import codecs
 import fcntl
 import json
 import os
@@ -159,6 +160,7 @@ class Terminal:
             os.execvpe(argv[0], argv, environment)
         self.status = None
         self.raw = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")    # a character may come in two pieces
         self.screen = Screen(columns, rows, self._answer)
         self.resize(columns, rows)
         support._cleanup(case, self.end)
@@ -191,7 +193,7 @@ class Terminal:
             data = b""
         if not data:
             return False
-        text = data.decode("utf-8", "replace")
+        text = self._decoder.decode(data)
         self.raw += text
         self.screen.feed(text)
         return True
@@ -206,7 +208,8 @@ class Terminal:
             left = end - time.monotonic()
             if left <= 0:
                 raise support.DeadlineError(f"not on the screen within {deadline} s: {wanted}\n" + self.show())
-            if not self.read(min(left, 0.5)) and not self.is_alive:
+            is_alive = self.is_alive
+            if not self.read(min(left, 0.5)) and not is_alive:
                 raise support.DeadlineError(f"ended before this was on the screen: {wanted}\n" + self.show())
 
     def wait_gone(self, text, deadline=support.DEADLINE):
