@@ -191,6 +191,21 @@ class Cells(ShellCase):
         self.assertEqual(outcome.error, "Odd")
         self.assertRuns("1", "1")
 
+    def test_an_exception_that_led_to_itself_is_told(self):
+        outcome = self.run_cell("first, second = ValueError(1), KeyError(2)\n"
+                                "first.__context__, second.__context__ = second, first\nraise first")
+        self.assertEqual([error["ename"] for error in outcome.of("error")], ["ValueError"])
+        self.assertIn("KeyError: 2", "".join(outcome.reply["traceback"]))
+
+    def test_an_exception_at_the_end_of_a_thousand_is_told(self):
+        outcome = self.run_cell("error = first = ValueError(1)\nfor i in range(2000):\n"
+                                "    error.__context__ = error = KeyError(i)\nraise first")
+        self.assertEqual([error["ename"] for error in outcome.of("error")], ["ValueError"])
+
+    def test_an_exception_whose_text_ends_the_program_is_told(self):
+        outcome = self.run_cell("class Odd(Exception):\n    def __str__(self): raise SystemExit\nraise Odd()")
+        self.assertEqual([outcome.error, *(error["ename"] for error in outcome.of("error"))], ["Odd", "Odd"])
+
     def test_a_value_whose_repr_fails_is_an_error(self):
         outcome = self.run_cell("class R:\n    def __repr__(self): return 1/0\nR()")
         self.assertEqual((outcome.reply["status"], outcome.error), ("error", "ZeroDivisionError"))

@@ -401,7 +401,7 @@ def describe(error: BaseException) -> dict:
     name = type(error).__name__
     try:
         text = str(error)
-    except Exception as reason:                               # a __str__ of the user's
+    except BaseException as reason:                           # a __str__ of the user's
         text = "<str() of the %s raised %s>" % (name, type(reason).__name__)
     return {"ename": name, "evalue": text, "traceback": ["%s: %s" % (name, text) if text else name]}
 
@@ -737,12 +737,12 @@ class ZMQInteractiveShell(InteractiveShell):
         self.last_error = None
         try:
             # At the end, Python's form: IPython's takes 0.1 s the first time, and on a slow machine all that there is.
-            if (has_group(value) or self.interpreter.is_ending) and not exception_only:
+            if (is_beyond_ipython(value) or self.interpreter.is_ending) and not exception_only:
                 self._showtraceback(etype, value, traceback.format_exception(etype, value, tb))
             else:
                 super().showtraceback((etype, value, tb), filename, tb_offset, exception_only, running_compiled_code)
-        except KeyboardInterrupt:
-            pass                            # in the middle of formatting; the short form below must do
+        except BaseException:
+            pass                            # Ctrl-C in between, a __str__ of the user's; the short form below must do
         # Libraries replace _showtraceback, to show errors themselves.
         is_ours = getattr(self._showtraceback, "__func__", None) is ZMQInteractiveShell._showtraceback
         if self.last_error is None and is_ours:
@@ -839,10 +839,12 @@ def without_mark(lines: list[str]) -> list[str]:
     return lines[1:] if lines[1:] and lines[1].startswith("%%") else ["\n", *lines[1:]]
 
 
-def has_group(error: BaseException | None) -> bool:
-    """Whether the error or what led to it is an exception group, which IPython cannot format."""
+def is_beyond_ipython(error: BaseException | None) -> bool:
+    """Whether IPython cannot format it: it or what led to it is an exception group, or it led to itself."""
     group = getattr(builtins, "BaseExceptionGroup", ())
-    while error is not None and not isinstance(error, group):
+    seen: set[int] = set()
+    while error is not None and not isinstance(error, group) and id(error) not in seen:
+        seen.add(id(error))
         error = error.__context__
     return error is not None
 
