@@ -5,6 +5,8 @@ One kernel is shared by the tests that only print; what a stream does by itself 
 """
 import io
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import unittest
@@ -114,6 +116,29 @@ class CaptureTests(unittest.TestCase):
     def test_bytes_that_are_no_utf8_are_shown_as_replacements(self):
         self.stdout.write(b"a\xff\xfeb")
         self.assertEqual(self.read(), [("stdout", "a\ufffd\ufffdb")])
+
+    def test_another_thread_may_look_while_it_starts(self):
+        code = """
+import sys, threading
+from twoproc.streams import DescriptorCapture
+sys.setswitchinterval(1e-6)
+captures, faults = [DescriptorCapture() for _ in range(200)], []
+def look():
+    for capture in captures:
+        try:
+            while len(capture._files) < 2:
+                capture.has_grown()
+        except Exception as error:
+            faults.append(error)
+looking = threading.Thread(target=look)
+looking.start()
+for capture in captures:
+    capture.start()
+    capture.stop()
+looking.join()
+sys.exit(str(faults[:1]) if faults else 0)"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=support.DEADLINE)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def test_shrinking_gives_back_the_space_of_what_was_read_and_only_that(self):
         self.stdout.write(b"x" * 1000)

@@ -208,13 +208,15 @@ class DescriptorCapture:
         os.dup2(null, 0)
         if null != 0:
             os.close(null)
+        files = {}
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             file, path = tempfile.mkstemp(prefix="twoproc-")
             os.unlink(path)
             # Two processes that write at their own offsets would overwrite each other.
             fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
-            self._files[name] = file
+            files[name] = file
             os.dup2(file, descriptor)
+        self._files = files         # at once: twoproc-io may be looking through it
         return os.fdopen(os.dup(self._saved[2]), "w", errors="backslashreplace", buffering=1)
 
     def stop(self) -> None:
