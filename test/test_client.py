@@ -4,6 +4,7 @@
 FakeKernel is a kernel of a few lines whose every answer a test decides: kernels written by others send
 malformed messages, never reply, never say idle, and a client must come through.
 """
+import collections
 import json
 import os
 import signal
@@ -177,12 +178,46 @@ class Requests(ClientCase):
             pending.wait(support.DEADLINE, on_output=seen.append)
         self.assertEqual([line[:5] for line in text_of(seen).splitlines()], ["%05d" % i for i in range(2000)])
 
+    def test_output_waits_for_a_reader_of_anothers_however_long(self):
+        with mock.patch.object(client_module, "UNREAD_CHARS", 200_000), \
+                mock.patch.object(client_module, "IDLE_PATIENCE", 1.5):
+            flood = self.ours.execute_nowait("for i in range(2000): print('x' * 1000, flush=True)")
+            support.wait_until(lambda: self.ours._is_paused, what="the client stops reading iopub")
+            pending, seen = self.ours.execute_nowait("print('seen')"), []
+            support.wait_until(lambda: pending.reply, what="the reply, which overtakes the output")
+            with self.assertRaises(TimeoutError):
+                pending.wait(2.5, on_output=seen.append)
+            flood.cancel()
+            pending.wait(support.DEADLINE, on_output=seen.append)
+        self.assertEqual(text_of(seen), "seen\n")
+
+    def test_a_request_may_be_cancelled_by_another_thread_at_any_moment(self):
+        pending = self.ours.execute_nowait("print(1)")
+        support.wait_until(lambda: pending.is_done)
+
+        class Inbox(collections.deque):
+            def __getitem__(self, index):
+                pending.cancel()        # another thread, a moment before we look
+                return super().__getitem__(index)
+        pending._inbox = Inbox(pending._inbox)
+        self.assertEqual(pending.wait(support.DEADLINE).content["status"], "ok")
+
     def test_a_closed_client_says_so(self):
         self.ours.close()
         self.ours.close()
         with self.assertRaisesRegex(ValueError, "closed"):
             self.ours.execute("1")
         self.assertFalse(self.ours.is_alive)
+
+    def test_a_request_that_is_made_while_the_client_closes_does_not_wait(self):
+        serialize = self.ours._session.serialize
+
+        def close_first(*arguments, **options):
+            self.ours.close()
+            return serialize(*arguments, **options)
+        with mock.patch.object(self.ours._session, "serialize", close_first), \
+                self.assertRaisesRegex(ValueError, "closed"):
+            self.ours.execute("1", timeout=support.DEADLINE)
 
     def test_closing_ends_the_wait_of_others(self):
         pending = self.ours.execute_nowait("import time; time.sleep(60)")
@@ -620,6 +655,35 @@ class OddKernels(unittest.TestCase):
         with connect(FakeKernel(self, never_idle).info) as ours, mock.patch.object(client_module, "IDLE_PATIENCE", 0.2):
             self.assertEqual(ours.execute("", timeout=support.DEADLINE).content["status"], "ok")
 
+    def test_a_client_that_was_kept_from_reading_waits_for_what_lies_there(self):
+        """Its process was stopped, or its machine is busy."""
+        has_reply, is_kept, go_on = threading.Event(), threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+
+        def script(fake, channel, message):
+            fake.reply(message, "execute_reply", {"status": "ok"}, channel)
+            has_reply.wait(support.DEADLINE)
+            for text in ("hold\n", "rest\n"):
+                fake.publish("stream", {"name": "stdout", "text": text}, message.header)
+            fake.publish("status", {"execution_state": "idle"}, message.header)
+
+        def keep(message):
+            if message.content.get("text") == "hold\n":
+                is_kept.set()
+                go_on.wait(support.DEADLINE)
+        with mock.patch.object(client_module, "IDLE_PATIENCE", 0.1), connect(FakeKernel(self, script).info) as ours:
+            ours.listen(keep)
+            with mock.patch.object(client_module, "IDLE_PATIENCE", support.DEADLINE):
+                pending, seen = ours.execute_nowait(""), []
+                support.wait_until(lambda: pending.reply)
+                has_reply.set()
+                self.assertTrue(is_kept.wait(support.DEADLINE))
+            with self.assertRaises(TimeoutError):
+                pending.wait(0.5, on_output=seen.append)
+            go_on.set()
+            pending.wait(support.DEADLINE, on_output=seen.append)
+        self.assertEqual(text_of(seen), "hold\nrest\n")
+
     def test_malformed_messages_are_counted_and_dropped(self):
         def babble(fake, channel, message):
             iopub, stranger = fake.sockets["iopub"], fake.frames("stream", {"text": "stranger"}, message.header)
@@ -685,9 +749,11 @@ class OddKernels(unittest.TestCase):
                 ours.execute("1", timeout=0.3)
             support.wait_until(lambda: ours._was_connected)
             pending = [ours.execute_nowait("x" * 100_000) for _ in range(200)]
+            late, channel, frames = ours._prepare("execute_request", {"code": "late"})
             first.close()
             with self.assertRaises(KernelDied):
                 pending[-1].wait(support.DEADLINE)
+            ours._channels.send(channel, frames, late)      # by a thread that was held up before this
             seen = []
             second = FakeKernel.__new__(FakeKernel)
             ports = first.info

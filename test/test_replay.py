@@ -388,6 +388,18 @@ class Refill(unittest.TestCase):
             pending.wait(support.DEADLINE, on_output=seen.append)
         self.assertEqual([line[:3] for line in text_of(seen).splitlines()], ["%03d" % n for n in range(300)])
 
+    def test_a_wait_for_the_idle_is_not_over_while_others_print(self):
+        def script(fake, message):
+            fake.reply(message, "execute_reply", {"status": "ok"})      # overtakes the output
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                fake.say(Message({"msg_id": "b_1"}, {}, {}, {}, [], [], b""), "bob's")
+                fake.is_ending.wait(0.05)
+            self.lossy(fake, message)
+        with mock.patch.object(client_module, "IDLE_PATIENCE", 0.3):
+            seen, _ = self.run_cell(script)
+        self.assert_lines(seen, range(3))
+
     def test_a_wait_for_the_idle_is_not_over_while_a_gap_is_filled(self):
         go_on = threading.Event()
         self.addCleanup(go_on.set)

@@ -166,23 +166,15 @@ class Pending:
                 # What is done waits for nobody: a wait(0) takes it all, and says so.
                 if not is_done and deadline is not None and time.monotonic() > deadline:
                     raise self._timeout_error(timeout)
-                self._handle(self._inbox[0], on_output, on_input)
+                self._handle(on_output, on_input)
             if is_done:
                 return self.reply
             if error is not None:
                 raise error
-            now = time.monotonic()
-            patience = None
-            may_be_over = self.reply is not None or (self.is_idle and not self._needs_reply)
-            if may_be_over and not self.client._order.is_filling and not self.client.is_lost:
-                patience = self._heard_at + IDLE_PATIENCE - now
-                if patience <= 0:
-                    self.cancel()
-                    return self.reply
-            left = None if deadline is None else deadline - now
+            left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise self._timeout_error(timeout)
-            self._bell.wait(min((seconds for seconds in (left, patience) if seconds is not None), default=None))
+            self._bell.wait(left)
 
     def discard_output(self) -> int:
         """Forget the output that has arrived and was not handled yet; how many messages that was.
@@ -191,43 +183,45 @@ class Pending:
         """
         entries = [self._inbox.popleft() for _ in range(len(self._inbox))]
         self._inbox.extendleft(entry for entry in reversed(entries) if entry[0] == "stdin")
-        output = [entry for entry in entries if entry[0] == "iopub"]
-        for entry in output:
-            self._count_taken(entry)
+        output = [message for channel, message in entries if channel == "iopub"]
+        for message in output:
+            self._count_taken(message)
         return len(output)
 
     def cancel(self) -> None:
         """Expect nothing more: what still comes is dropped.  The kernel is not told; that is `interrupt`."""
+        self._finish()
+        self.discard_output()
+
+    def _finish(self) -> None:
         self.client._forget(self)
         self.is_done = True
-        self.discard_output()
         self._bell.ring()
 
-    def _take(self, entry: tuple[str, Message]) -> None:
-        """Remove the first entry of the inbox, if it still is this one."""
-        if not self._inbox or self._inbox[0] is not entry:
-            return
-        self._inbox.popleft()
-        self._count_taken(entry)
-
-    def _count_taken(self, entry: tuple[str, Message]) -> None:
-        self._taken_chars += _size(entry[1])
+    def _count_taken(self, message: Message) -> None:
+        self._taken_chars += _size(message)
         if self.client._is_paused and self._unread_chars() < UNREAD_CHARS // 2:
             self.client._resume()
 
     def _unread_chars(self) -> int:
         return self._received_chars - self._taken_chars
 
-    def _handle(self, entry: tuple[str, Message], on_output: Callable | None, on_input: Callable | None) -> None:
-        # Taken when it was handled, well or badly: Ctrl-C before that leaves it for the next wait.
+    def _handle(self, on_output: Callable | None, on_input: Callable | None) -> None:
         try:
-            channel, message = entry
+            channel, message = entry = self._inbox[0]
+        except IndexError:
+            return      # another thread has cancelled the request
+        try:
             if channel == "stdin":
                 self._answer(message, on_input)
             elif on_output is not None:
                 on_output(message)
         finally:
-            self._take(entry)
+            # When it was handled, well or badly: Ctrl-C before that leaves it for the next wait.
+            with contextlib.suppress(IndexError):
+                if self._inbox[0] is entry:
+                    self._inbox.popleft()
+                    self._count_taken(message)
 
     def _answer(self, message: Message, on_input: Callable | None) -> None:
         value = END_OF_INPUT
@@ -277,8 +271,7 @@ class Pending:
             if self._unread_chars() > UNREAD_CHARS:
                 self.client._pause(self)
         if (self.reply is not None or not self._needs_reply) and (self.is_idle or not self._needs_idle):
-            self.client._forget(self)
-            self.is_done = True
+            self._finish()
         elif self.reply is not None:
             self.client._late[self.msg_id] = self
 
@@ -516,8 +509,6 @@ class Client:
                  on_message: Callable[[Message], None] | None = None, wait_idle: bool = False,
                  metadata: dict | None = None, buffers: tuple = ()) -> tuple[Pending, str, list]:
         """All of `submit` but the sending."""
-        if self._is_closed:
-            raise ValueError("this client is closed; connect again")
         if self._pid != os.getpid():
             raise ValueError("this client belongs to process %d, before the fork; connect again" % self._pid)
         kind = MESSAGES.get(msg_type)
@@ -530,10 +521,13 @@ class Client:
             needs_idle=wait_idle or on_message is not None,
             allows_input=bool(content and content.get("allow_stdin")))
         self._table[pending.msg_id] = pending
-        # After entering the table: whoever declares the death later will find the request there.
-        if self.died is not None or self._dying is not None:
+        # After entering the table: whoever declares the death later, or closes us, will find the request there.
+        dying, died = self._dying, self.died        # in this order: the one ends after the other has begun
+        if self._is_closed or died or dying:
             self._forget(pending)
-            raise self.died or KernelDied(self._dying[2] if self._dying else "")
+            if self._is_closed:
+                raise ValueError("this client is closed; connect again")
+            raise died or KernelDied(dying[2])
         return pending, channel or (kind.channels[0] if kind else "shell"), frames
 
     def execute_nowait(self, code: str, *, silent: bool = False, store_history: bool = True,
@@ -683,7 +677,8 @@ class Client:
             self._heard_output_at = time.monotonic()
             if self._provoked:
                 self._may_have_lost, self._provoked = False, 0
-                self._late.clear()
+            elif self._order.is_counting:       # the idle of a cell is behind all that others print
+                self._forgive_silence()
         self._ring()
         if self._dying is not None:
             _, latest, cause = self._dying
@@ -712,13 +707,6 @@ class Client:
         for pending in woken.values():
             pending._bell.ring()
         self._ready_bell.ring()
-
-    def _forgive_silence(self) -> None:
-        """What was held is on its way again: IDLE_PATIENCE begins anew for everybody."""
-        now = time.monotonic()
-        for pending in list(self._table.values()):
-            pending._heard_at = now
-            self._woken[pending.msg_id] = pending
 
     def _pause(self, pending: Pending) -> None:
         # Flag first, then look again: whoever takes from now on sees the flag and resumes.
@@ -766,11 +754,17 @@ class Client:
         By a status, not by the log: what is still on its way, in the log or not, comes before it.
         """
         now = time.monotonic()
-        if now - self._looked_at > STOPPED_SECONDS:
-            self._suspect_loss()
+        was_stopped = now - self._looked_at > STOPPED_SECONDS
         self._looked_at = now
-        if not (self._may_have_lost or self._late) or not self._order.is_counting \
-                or self._is_paused or self._order.is_filling or self._provoked > 6:
+        if was_stopped:
+            self._suspect_loss()
+        is_held = self._is_paused or self._order.is_filling
+        if is_held or was_stopped:
+            self._forgive_silence()
+        for pending in list(self._late.values()):
+            if now - pending._heard_at > IDLE_PATIENCE:
+                pending._finish()
+        if is_held or not (self._may_have_lost or self._late) or not self._order.is_counting or self._provoked > 6:
             return None
         # Up to seven times, after 1 to 64 s: a kernel leaves a reader out until it has read up, and does not tell.
         left = self._heard_output_at + QUIET_SECONDS * 2 ** self._provoked - now
@@ -780,6 +774,11 @@ class Client:
                 self.submit("kernel_info_request", channel="control").cancel()
             return None
         return left
+
+    def _forgive_silence(self) -> None:
+        """IDLE_PATIENCE begins anew for everybody."""
+        for pending in list(self._late.values()):
+            pending._heard_at = time.monotonic()
 
     def _suspect_loss(self) -> None:
         self._may_have_lost, self._heard_output_at, self._provoked = True, time.monotonic(), 0

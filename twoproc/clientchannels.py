@@ -99,7 +99,7 @@ class ClientChannels:
 
     # -- called by any thread
     def send(self, channel: str, frames: list, request: Any = None) -> None:
-        """request: by which `held` names it; not sent any more if it says is_done when its time comes."""
+        """request: by which `held` names it; not sent any more if it has an error when its time comes."""
         self._put((channel, frames, request))
 
     def call(self, function: Callable[[], None]) -> None:
@@ -138,7 +138,7 @@ class ClientChannels:
         """Send what was held, in its order."""
         held, self._held = self._held or [], None
         for channel, frames, request in held:
-            if request is None or not request.is_done:
+            if request is None or not (request.is_done or request.error):
                 self.send_at_once(channel, frames)
 
     def send_at_once(self, channel: str, frames: list) -> None:
@@ -292,10 +292,12 @@ class ClientChannels:
             if type(item) is not tuple:
                 item()
                 continue
+            channel, frames, request = item
             if self._held is not None:
                 self._held.append(item)
-            else:
-                self.send_at_once(*item[:2])
+            # One that has failed: its thread was held up, and what would run it now is a dead kernel's successor.
+            elif request is None or request.error is None:
+                self.send_at_once(channel, frames)
 
     def _send(self, channel: str, frames: list) -> bool:
         """False when the connection takes nothing now: never wait here, a refused handshake lasts for ever."""

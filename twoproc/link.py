@@ -170,7 +170,6 @@ class Link:
                 if error:
                     client._fail(pending, self._lost(error))
         self.close()
-        client._forgive_silence()
         client._suspect_loss()
         client._channels.release()
         client._tell("back")

@@ -308,7 +308,6 @@ class InOrder:
     def _release(self) -> None:
         held, self._held = self._held, deque()
         self._question = None
-        self._client._forgive_silence()     # first: who sees that we do not fill any more sees this too
         self.is_filling = False
         for channel, message in held:
             self.take(channel, message)     # there may be another gap among them: then the rest is held again
