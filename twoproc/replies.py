@@ -5,15 +5,15 @@ Such a client has a new routing identity, and does not know which of its request
 It asks with twoproc_resume_request; what is remembered here decides what it hears (docs/protocol.md), and where
 replies and questions to it go from now on.
 
-No thread: twoproc-io notes and looks up, main notes replies, each by single operations on a dict.
+No thread: twoproc-io notes and looks up, main and it note replies, by single operations on a dict or under a lock.
 """
 from __future__ import annotations
 
 import re
 import sys
-from typing import Any
-
+import threading
 from collections import deque
+from typing import Any
 
 from .session import Message
 
@@ -51,7 +51,8 @@ class Replies:
         self._forgotten: dict[tuple, int] = {}      # user and session -> number of the newest cell that is not here now
         self._is_whole = True           # that much is known of all sessions
         self._kept: deque[Cell] = deque()       # with a reply, oldest first
-        self._kept_bytes = 0            # roughly: main and twoproc-io both reply
+        self._kept_bytes = 0
+        self._keeping = threading.Lock()        # main and twoproc-io both reply
 
     # -- run by twoproc-io
     def note_request(self, message: Message) -> None:
@@ -93,12 +94,13 @@ class Replies:
         if cell is None or cell.is_done:
             return
         cell.reply, cell.is_done = content, True
-        self._kept.append(cell)
-        self._kept_bytes += len(content)
-        while len(self._kept) > MAX_REPLIES or self._kept_bytes > MAX_BYTES:
-            oldest = self._kept.popleft()
-            self._kept_bytes -= len(oldest.reply or b"")
-            oldest.reply = None
+        with self._keeping:
+            self._kept.append(cell)
+            self._kept_bytes += len(content)
+            while len(self._kept) > MAX_REPLIES or self._kept_bytes > MAX_BYTES:
+                oldest = self._kept.popleft()
+                self._kept_bytes -= len(oldest.reply or b"")
+                oldest.reply = None
 
     def route(self, message: Message) -> list[bytes]:
         """The identities of the client that sent this cell, as they are now."""
