@@ -522,12 +522,13 @@ class Client:
             allows_input=bool(content and content.get("allow_stdin")))
         self._table[pending.msg_id] = pending
         # After entering the table: whoever declares the death later, or closes us, will find the request there.
-        dying, died = self._dying, self.died        # in this order: the one ends after the other has begun
-        if self._is_closed or died or dying:
+        dying = self._dying         # looked at before `died`: the one ends when the other has begun
+        error: Exception | None = self.died or (KernelDied(dying[2]) if dying else None)
+        if self._is_closed:
+            error = ValueError("this client is closed; connect again")
+        if error is not None:
             self._forget(pending)
-            if self._is_closed:
-                raise ValueError("this client is closed; connect again")
-            raise died or KernelDied(dying[2])
+            raise error
         return pending, channel or (kind.channels[0] if kind else "shell"), frames
 
     def execute_nowait(self, code: str, *, silent: bool = False, store_history: bool = True,
