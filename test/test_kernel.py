@@ -490,6 +490,19 @@ class EndTests(unittest.TestCase):
         client.request("control", "shutdown_request", {"restart": False})
         self.assert_ends(kernel, 0)
 
+    def test_a_handler_of_the_users_that_raises_while_no_cell_runs_is_told_and_ends_nothing(self):
+        kernel, client = self.start()
+        for handler, told in (("late", "TimeoutError"), ("lambda *info: sys.exit()", "SystemExit"),
+                              ("signal.default_int_handler", "KeyboardInterrupt")):
+            with self.subTest(handler):
+                client.execute("import signal, sys\ndef late(*info):\n    raise TimeoutError('too late')\n"
+                               f"_ = signal.signal(signal.SIGALRM, {handler})")
+                os.kill(kernel.pid, signal.SIGALRM)
+                error = client.take("iopub", lambda message: message.msg_type == "error")
+                self.assertEqual(error.content["ename"], told)
+                self.assertNotIn("twoproc", "".join(error.content["traceback"]))
+                self.assertEqual(client.execute("1 + 1").value, "2")
+
     def test_much_output_that_waits_while_it_ends_is_no_fault(self):
         """pyzmq's own exit function has then run, after which pyzmq lends ZeroMQ no memory."""
         kernel, client = self.start()

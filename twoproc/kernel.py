@@ -582,22 +582,20 @@ class Kernel:
 
     def _next_request(self) -> Message | None:
         """The next cell or comm message; None when there is another reason to look around."""
-        assert self.interpreter is not None
-        requests = self.channels.requests
-        if not requests:
-            if self.interpreter.inputhook is not None or self.interpreter.has_pending_tasks():
-                self._run_alone(lambda: self.interpreter.wait_for(requests))     # type: ignore[union-attr]
-                requests.silence()
-            else:
-                try:
-                    return requests.get(timeout=1.0 if self.interpreter.has_unwritten_history() else None)
-                except Empty:
-                    self.interpreter.write_history()
-                    return None
+        interpreter, requests = self.interpreter, self.channels.requests
+        assert interpreter is not None
         try:
-            return requests.pop()
+            if requests:
+                return requests.pop()
+            if interpreter.inputhook is None and not interpreter.has_pending_tasks():
+                return requests.get(timeout=1.0 if interpreter.has_unwritten_history() else None)
+            self._run_alone(lambda: interpreter.wait_for(requests))
+            requests.silence()
         except Empty:
-            return None
+            interpreter.write_history()
+        except BaseException as error:      # by the user's handler of a signal that came just now
+            tell(error)
+        return None
 
     def execute_request(self, message: Message) -> None:
         """Run a cell.  Source: messaging specification, "Execute"."""
@@ -742,8 +740,8 @@ class Kernel:
             self.run_user_code(function)
         except KeyboardInterrupt:
             pass
-        except BaseException:           # SystemExit among them: asyncio lets it through
-            sys.excepthook(*sys.exc_info())     # type: ignore[arg-type]
+        except BaseException as error:      # SystemExit among them: asyncio lets it through
+            tell(error)
 
     def ask(self, prompt: str, password: bool) -> str:
         """input(): ask the client that sent the running cell, and wait for its answer.
@@ -972,6 +970,19 @@ class Task:
             return False
         self.is_answered = True
         return True
+
+
+def tell(error: BaseException) -> None:
+    """Show an error of user code that no cell waits for, from the user's part of the traceback on.
+
+    Raised again if it has none: a fault of ours would come again and again.
+    """
+    part = error.__traceback__
+    while part is not None and (part.tb_frame.f_globals.get("__package__") or "").startswith((__package__, "zmq")):
+        part = part.tb_next
+    if part is None and not isinstance(error, KeyboardInterrupt):
+        raise error
+    sys.excepthook(type(error), error, part)
 
 
 @functools.lru_cache(maxsize=None)
