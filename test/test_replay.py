@@ -17,7 +17,7 @@ import unittest
 from unittest import mock
 
 from twoproc import client as client_module, replay
-from twoproc.client import Client, KernelDied, connect
+from twoproc.client import Client, KernelDied, NotReady, connect
 from twoproc.replay import InOrder, read_log
 from twoproc.session import Message
 
@@ -457,6 +457,11 @@ class Refill(unittest.TestCase):
         self.assertEqual(text_of(heard), "first\n0\n")
         self.assertEqual(self.ours.missed, 0)
 
+    def test_while_a_successor_is_waited_for_the_log_is_not_forgotten(self):
+        with connect(LoggingKernel(self).info) as ours:
+            with mock.patch.object(FakeKernel, "take", lambda *arguments: None), self.assertRaises(NotReady):
+                ours.wait_ready(0.2)
+            self.assertTrue(ours.keeps_log)
 
     def test_whatever_is_lost_each_line_is_there_once(self):
         """Random losses, among them inputs and idles, random pages, repeated idles, others' messages in between."""

@@ -389,23 +389,25 @@ class Client:
                         raise
                     self._ready_bell.wait(0.05)
                     continue
-                self.kernel_info_reply = next((probe.reply for probe in probes if probe.reply), None)
-                if self.kernel_info_reply is not None and self._sees_output:
+                reply = next((probe.reply for probe in probes if probe.reply), None)
+                # Until then that of its predecessor stands, by whose log a gap in the output is filled.
+                self.kernel_info_reply = reply or self.kernel_info_reply
+                if reply is not None and self._sees_output:
                     followers, self._followers = self._followers, []
                     for follower in followers:
                         follower.ask()
-                    return self.kernel_info_reply
+                    return reply
                 if may_give_up and control is not None and control.reply is not None \
                         and control.reply.content.get("implementation") == "twoproc":
                     # Such a kernel answers on shell while a cell runs.  What keeps it is a reader that has stopped,
                     # and for that one it waits limits.slow_reader_seconds.
                     timeout = PATIENT_SECONDS
                 if now >= start + timeout or self._is_hopeless(now - start, may_give_up):
-                    raise self._diagnose(control, timeout)
+                    raise self._diagnose(reply, control, timeout)
                 if now >= probe_at:
                     # A kernel without iopub_welcome shows that the subscription stands by a status, and for
                     # that it must be asked something after it stands.
-                    if self.kernel_info_reply is not None:
+                    if reply is not None:
                         probes.append(self.submit("kernel_info_request"))
                     elif control is None and now - start > 0.5:
                         control = self.submit("kernel_info_request", channel="control")
@@ -902,7 +904,7 @@ class Client:
         return (self._channels.bad_signatures > 0 and waited > 0.5
                 or may_give_up and self._channels.link not in ("", "connected") and waited > 1.0)
 
-    def _diagnose(self, control: Pending | None, timeout: float) -> NotReady:
+    def _diagnose(self, reply: Message | None, control: Pending | None, timeout: float) -> NotReady:
         """The cause, from what was and was not heard, and from a look at each address."""
         waited = "within %g s" % timeout
         if self._channels.link == "unauthorised":
@@ -911,7 +913,7 @@ class Client:
         if self._channels.bad_signatures and not self._sees_output:
             return NotReady("key", "the kernel signs with another key than the connection file's: is the file from "
                                    "an earlier kernel at the same address?")
-        if self.kernel_info_reply is not None:
+        if reply is not None:
             return NotReady("output", "the kernel answers, but no output arrived from iopub at %s %s"
                                       % (self.info.url("iopub"), waited))
         for channel in connection.CHANNELS:
