@@ -5,6 +5,7 @@ import os
 import signal
 import stat
 import sys
+import termios
 import textwrap
 import time
 import unittest
@@ -153,8 +154,9 @@ class Starting(TerminalCase):
         os.kill(kernel.pid, signal.SIGSTOP)
         terminal = self.start("--quiet", "--existing", kernel.connection_file)
         terminal.prompt(1)
-        terminal.send("6*7\r" + "\r")
-        terminal.wait(lambda lines: lines[-1] != "In [1]: 6*7")        # the second Enter comes behind the prompt
+        terminal.send("6*7\r")
+        # The prompt has given the keyboard back: Ctrl-C is a signal again.
+        terminal.wait(lambda lines: termios.tcgetattr(terminal.fd)[3] & termios.ISIG)
         terminal.send(CTRL_C)
         terminal.wait(lambda lines: lines.count("In [1]: 6*7") == 2)
         os.kill(kernel.pid, signal.SIGCONT)

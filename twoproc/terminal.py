@@ -120,6 +120,7 @@ class Terminal:
         self.client: Client | None = None
         self.exit_code: int | None = None
         self.cell: Cell | None = None
+        self.is_called_off = False          # Ctrl-C since the last prompt
         self.busy: tuple[str, str, Any, float] | None = None    # msg_id, who, count, since: somebody else's cell
         self.others: dict[str, tuple[str, float]] = {}          # session -> name, when last heard of
         self.died: str | None = None        # the cause, from the death of the kernel until it is replaced
@@ -378,9 +379,11 @@ class Terminal:
 
     def handle_interrupt(self) -> None:
         """SIGINT: Ctrl-C while no prompt is up, or sent by somebody."""
-        if self.cell is not None and self._app is None:
+        if self._app is None:
             self.painter.say("")        # the terminal itself has written ^C
-            self._interrupt_cell()
+            if self.cell is not None:
+                self._interrupt_cell()
+            self.is_called_off = True
 
     def handle_detach(self) -> None:
         if self._app is None:
@@ -523,7 +526,7 @@ class Terminal:
 
     def ask_cell(self) -> str | None:
         """What the user typed; None if there is something else to do first."""
-        default, self.next_input = self.next_input or Document(), None
+        default, self.next_input, self.is_called_off = self.next_input or Document(), None, False
         self._write(self.painter.take() + "\n")
         try:
             return self._run_prompt(self.session, default=default)
@@ -547,7 +550,10 @@ class Terminal:
 
     def run_cell(self, text: str) -> None:
         """Send one input and stay with it until it is done, lost, or left alone."""
-        if self.client is None and not self._wait_client() or not self._may("run", "running code"):
+        if not self._wait_client():
+            self.next_input = _at_end(text)
+            return
+        if not self._may("run", "running code"):
             return
         if self.client.is_lost:     # not kept for its return: nobody could take that back, nor say when it is
             self.painter.say("not sent: the connection to kernel %s is lost" % self.name)
@@ -633,10 +639,10 @@ class Terminal:
         return True
 
     def _wait_client(self) -> bool:
-        """The first Enter may come before the kernel; it is not lost."""
-        while not self.is_settled and self.exit_code is None:
+        """The first Enter may come before the kernel; it is not lost.  False if none came, or by Ctrl-C."""
+        while not self.is_settled and self.exit_code is None and not self.is_called_off:
             self.pump(None)
-        return self.client is not None
+        return self.client is not None and not self.is_called_off
 
     def _interrupt_cell(self) -> None:
         cell = self.cell
@@ -804,7 +810,7 @@ class Terminal:
         if name not in self.COMMANDS:
             self.painter.say("%s%s: no such command; there are %s"
                              % (prefix, name, ", ".join(prefix + known for known in self.COMMANDS)))
-        elif name not in ("interrupt", "last", "log", "save") or self._wait_client():
+        elif name not in ("interrupt", "last", "log", "restart", "save") or self._wait_client():
             with self._one_line(prefix + name):
                 getattr(self, "command_" + name)(argument.strip())
 
@@ -820,23 +826,19 @@ class Terminal:
             self.painter.say("interrupted")
 
     def command_restart(self, argument: str) -> None:
+        if self.process is None:
+            raise ValueError("only who started kernel %s can restart it; :shutdown ends it" % self.name)
         if self.choose("Restart kernel %s? Its variables are lost%s. [y]es [n]o: " % (
                 self.name, self._for_others())) == "y":
             self._restart()
 
-    def _restart(self) -> bool:
-        if self.process is None:
-            self.painter.say("only who started kernel %s can restart it; :shutdown ends it" % self.name)
-            return False
+    def _restart(self) -> None:
         self.painter.say("restarting kernel %s" % self.name)
         self._write(self.painter.take())
-        if self.client is not None:
-            self.client.close(0.5)      # before the death that it would report
+        self.client.close(0.5)      # before the death that it would report
         with self._one_line("not restarted"):
             self.process.restart()
-            self.connect()
-            return True
-        return False
+        self.connect()      # which finds out what there is if that failed
 
     def command_shutdown(self, argument: str) -> None:
         if not self._may("admin", "ending the kernel"):
@@ -876,6 +878,8 @@ class Terminal:
             self.painter.say(kernel.line(self.start.connection_file)[:self.painter.size()[0] - 1])
 
     def command_connect(self, argument: str) -> None:
+        if not argument:
+            raise ValueError("which one?")
         found = self.new_start(argument)
         self.painter.say("left kernel %s, it lives on" % self.name)
         self._join(found)
@@ -1026,21 +1030,21 @@ class Terminal:
     def _recover(self) -> None:
         """A fresh interpreter at the same address, which knows what was there before; nothing is run."""
         dead = self.dead
-        if self._restart() and dead is not None and self.pump_until(lambda: self.is_settled, 30.0):
+        self._restart()
+        if dead is not None and self.pump_until(lambda: self.is_settled, 30.0):
             self.prompt.history.merge(dead.inputs())
             with self._one_line("its log"):
                 if self.client is not None:
                     self.painter.say(dead.recovered(self.client.log(0).session))
 
     def _choose_after_failure(self) -> None:
-        error, self.connect_error = self.connect_error, None
-        if error is None or self.client is not None:
-            return
-        self.painter.say("kernel %s: %s" % (self.name, error))
-        if self.choose("[n]ew kernel [q]uit: ", "q") == "n":
-            self._start_new()
-        else:
-            self.exit_code = 70 if isinstance(error, KernelDied) else getattr(error, "exit_code", 2)
+        while self.connect_error is not None and self.exit_code is None:
+            error = self.connect_error
+            self.painter.say("kernel %s: %s" % (self.name, error))
+            if self.choose("[n]ew kernel [q]uit: ", "q") == "n":
+                self._start_new()
+            else:
+                self.exit_code = 70 if isinstance(error, KernelDied) else getattr(error, "exit_code", 2)
 
     def _start_new(self) -> None:
         with self._one_line("no kernel could be started"):
