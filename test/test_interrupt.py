@@ -7,6 +7,7 @@ second (of several rounds: half of them), as KeyboardInterrupt; the next cell th
 """
 import importlib
 import os
+import queue
 import shlex
 import signal
 import statistics
@@ -53,6 +54,7 @@ threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 threading.enumerate()[-1].join()""",
     "select": "import select, os\nr, w = os.pipe()\nprint('now')\nselect.select([r], [], [])",
     "a shell line": "print('now')\n!sleep 60",
+    "a shell line whose output is kept": "print('now')\nlines = !sleep 60",
     "printing": "print('now')\nwhile True: print('x' * 100)",
     "a list comprehension": "print('now')\n[i for i in iter(int, 1)]",
 }
@@ -72,7 +74,7 @@ class InterruptCase(support.KernelCase):
         before = self.sleeps()
         msg_id = client.send_execute(CELLS[name])
         client.wait_text(msg_id, "now")
-        if name in ("subprocess.run", "os.system", "a shell line"):
+        if name in ("subprocess.run", "os.system", "a shell line", "a shell line whose output is kept"):
             # The child must run: between fork and exec there is nothing yet to interrupt.
             support.wait_until(lambda: self.sleeps() - before, what="the child")
         started = time.monotonic()
@@ -205,7 +207,36 @@ get_ipython().events.register({event!r}, wait)""")
                 self.client.wait_text(msg_id, "now")
                 self.client.request("control", "interrupt_request")
                 result = self.client.result(msg_id)
-                self.assertEqual((result.reply.content["ename"], result.text()), ("KeyboardInterrupt", ""))
+                self.assertEqual(result.reply.content["ename"], "KeyboardInterrupt")
+                self.assertNotIn("the cell", result.text())
+
+    def test_one_that_strikes_in_a_callback_after_the_cell_is_an_error_of_the_cell(self):
+        msg_id = self.client.send_execute("""
+def wait():
+    get_ipython().events.unregister('post_execute', wait)
+    print('now')
+    import time; time.sleep(60)
+get_ipython().events.register('post_execute', wait)""")
+        self.client.wait_text(msg_id, "now")
+        self.client.request("control", "interrupt_request")
+        self.assertEqual(self.client.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
+
+    def test_nothing_runs_after_a_script_that_it_ended(self):
+        with open(os.path.join(self.kernel.home.work, "waits.py"), "w") as file:
+            file.write("import time\nprint('now')\ntime.sleep(60)")
+        for code in ("%run waits.py\nprint('the rest')", "get_ipython().run_cell('%run waits.py')\nprint('the rest')"):
+            msg_id = self.client.send_execute(code)
+            self.client.wait_text(msg_id, "now")
+            self.client.request("control", "interrupt_request")
+            result = self.client.result(msg_id)
+            self.assertEqual((result.reply.content["ename"], result.text()), ("KeyboardInterrupt", "now\n"))
+
+    def test_it_answers_a_question_of_ipython_with_no(self):
+        msg_id = self.client.send_execute("kept = 1\n%reset", allow_stdin=True)
+        self.client.wait_input()
+        self.client.request("control", "interrupt_request")
+        self.assertEqual(self.client.result(msg_id).text(), "\r\nNothing done.\n")
+        self.assertEqual(self.client.execute("kept").value, "1")
 
     def test_a_callback_that_fails_is_told_and_the_cell_runs(self):
         self.client.execute("""
@@ -327,6 +358,25 @@ class WhenTheTimeToEndIsOver(unittest.TestCase):
         with self.assertRaisesRegex(AssertionError, "left without"):
             self.kernel.on_tick()
         self.kernel.tidy.assert_called_once()
+
+
+class WhenAnAnswerIsLate(unittest.TestCase):
+    def test_the_question_that_was_asked_meanwhile_stays_open(self):
+        """twoproc-io finds that it answers the question there is, main is interrupted and asks another."""
+        module = importlib.import_module("twoproc.kernel")
+        kernel = object.__new__(module.Kernel)
+        cell = mock.Mock(identities=[b"client"])
+        first, second = (module.Question(cell, b'{"msg_id":"%d"}' % number, {}, queue.SimpleQueue())
+                         for number in (1, 2))
+
+        def route(asks):
+            kernel._asking = second
+            return asks.identities
+        kernel._replies, kernel._asking = mock.Mock(route=route), first
+        kernel.input_reply(mock.Mock(msg_type="input_reply", content={"value": "to the first"}, parent_header={},
+                                     identities=[b"client"]))
+        self.assertIs(kernel._asking, second)
+        self.assertTrue(second.answers.empty())
 
 
 class WhenTheCellIsNudged(unittest.TestCase):

@@ -472,6 +472,14 @@ class ForkTests(unittest.TestCase):
         self.client.collect()
         self.assertEqual([message.msg_type for message in self.client.inbox["shell"]], [])
 
+    def test_a_child_that_asks_finds_the_end_of_the_file(self):
+        code = ("import os\npid = os.fork()\nif not pid:\n    try: {}\n    except EOFError: print('the end')\n"
+                "    os._exit(0)\nos.waitpid(pid, 0)[1]")
+        for question in ("input('? ')", "__import__('getpass').getpass()"):
+            with self.subTest(question):
+                result = self.client.result(self.client.send_execute(code.format(question), allow_stdin=True))
+                self.assertEqual((result.text(), result.value), ("the end\n", "0"))
+
     def test_the_error_of_a_child_is_seen_and_its_status(self):
         result = self.run_cell("import os\npid = os.fork()\nif not pid: 1 / 0\nprint(os.waitstatus_to_exitcode("
                                "os.waitpid(pid, 0)[1]))")

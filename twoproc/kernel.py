@@ -33,7 +33,7 @@ import time
 import traceback
 from _signal import signal as set_handler  # type: ignore[import-not-found]
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from . import __version__, config, connection, crashlog
 from .access import Access, AccessLog, AuthorizedKeys
@@ -108,10 +108,8 @@ class Kernel:
         self._exit_at: float | None = None      # and when `finish`, once it has begun, has had its own
         self.ends_on_exit = False       # see _leave_if_alone
         self._leave_at: float | None = None
-        self._input_replies: SimpleQueue[str] = SimpleQueue()
         self._replies = Replies()
-        # The question that an input_reply may answer: the cell that asks, its header and its content.
-        self._asking: tuple[Message, bytes, dict] | None = None
+        self._asking: Question | None = None    # what an input_reply may answer
         self._cells = 0
         self._runs_user_code = False
         self._interrupted: Message | None = None    # the cell that was interrupted before its code began
@@ -285,9 +283,9 @@ class Kernel:
                                identities=cell.identities)
             self.channels.send("iopub", "status", {"execution_state": "idle"}, cell.header_bytes)
         asking = self._asking
-        if asking is not None and asking[0].msg_id in message.content["msg_ids"] \
-                and self._replies.route(asking[0]) == message.identities:       # since the resume above: it is his
-            self._send_question(*asking)
+        if asking is not None and asking.answers.empty() and asking.cell.msg_id in message.content["msg_ids"] \
+                and self._replies.route(asking.cell) == message.identities:     # since the resume above: it is his
+            self._send_question(asking)
         access = self.channels.access
         rights = access.rights(message.user) if access is not None else "admin"     # they may have changed meanwhile
         self.reply(message, "twoproc_resume_reply", {"status": "ok", "unknown": unknown, "forgotten": forgotten,
@@ -319,12 +317,11 @@ class Kernel:
         parent = message.parent_header.get("msg_id")
         if message.msg_type != "input_reply" or not isinstance(value, str):
             logger.warning("stdin: %.60s without a string as value", message.msg_type)
-        elif asking is None or message.identities != self._replies.route(asking[0]) \
-                or parent not in (None, json.loads(asking[1])["msg_id"]):
+        elif asking is None or not asking.answers.empty() or message.identities != self._replies.route(asking.cell) \
+                or parent not in (None, json.loads(asking.header)["msg_id"]):
             logger.warning("stdin: an input_reply that nobody was asked for")
         else:
-            self._asking = None
-            self._input_replies.put(value)
+            asking.answers.put(value)
 
     AT_ONCE: dict[str, Callable[..., None]] = {
         "kernel_info_request": kernel_info_request, "connect_request": connect_request,
@@ -625,7 +622,6 @@ class Kernel:
         reply = self.interpreter.execute(
             content["code"], content["silent"], content["store_history"] and not content["silent"],
             content["user_expressions"], message.metadata.get("cellId"), self.run_user_code)
-        self._asking = None
         if os.getpid() != self.process:
             self.exit_status = int(reply["status"] == "error")
             return
@@ -749,29 +745,28 @@ class Kernel:
         Raises EOFError when that client answers with an end of file or cannot be asked, KeyboardInterrupt.
         """
         message = self.running
+        if self._is_child:          # of fork: the answer would come to the kernel
+            raise EOFError
         if message is None or not message.content.get("allow_stdin"):
             from .shell import StdinNotImplementedError
             raise StdinNotImplementedError(NO_INPUT)
-        with contextlib.suppress(Empty):
-            while True:
-                self._input_replies.get_nowait()
-        header = self.channels.session.header("input_request")
-        self._asking = asking = message, header, {"prompt": prompt, "password": password}
-        self.before_write()
-        if self.log is not None:
-            self.channels.call(functools.partial(self.log.asked, message.header_bytes, prompt, password))
-        self._send_question(*asking)
+        self._asking = asking = Question(message, self.channels.session.header("input_request"),
+                                         {"prompt": prompt, "password": password}, SimpleQueue())
         try:
-            value = self._input_replies.get()
+            self.before_write()
+            if self.log is not None:
+                self.channels.call(functools.partial(self.log.asked, message.header_bytes, prompt, password))
+            self._send_question(asking)
+            value = asking.answers.get()
         finally:
             self._asking = None
         if value == "\x04":
             raise EOFError
         return value
 
-    def _send_question(self, message: Message, header: bytes, content: dict) -> None:
-        self.channels.send("stdin", "input_request", content, message.header_bytes,
-                           identities=self._replies.route(message), header=header)
+    def _send_question(self, asking: Question) -> None:
+        self.channels.send("stdin", "input_request", asking.content, asking.cell.header_bytes,
+                           identities=self._replies.route(asking.cell), header=asking.header)
 
     def _reply_and_abort(self, message: Message, reply: dict) -> None:
         """Send the error reply, and answer `aborted` what its client had sent before it could know.
@@ -870,6 +865,14 @@ class Kernel:
         with contextlib.suppress(Exception):
             if self.interpreter is not None:
                 self.interpreter.close()
+
+
+class Question(NamedTuple):
+    """What input() asks, and where its answer goes: none can come to another question."""
+    cell: Message
+    header: bytes
+    content: dict
+    answers: SimpleQueue[str]
 
 
 class Helpers:

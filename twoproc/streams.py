@@ -158,8 +158,6 @@ class InStream(io.TextIOBase):
 
     def readline(self, size: int | None = -1) -> str:   # type: ignore[override]
         if not self._rest:
-            if _forked:
-                return ""
             try:
                 self._rest = self._ask("", False) + "\n"
             except EOFError:
