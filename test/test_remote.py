@@ -4,6 +4,7 @@
 Wire stands between client and kernel: a TCP proxy of five ports that a test cuts, holds and mends.
 """
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -33,9 +34,9 @@ from .lab import Lab
 class Wire:
     """Five ports that lead to those of `info`; `self.info` is the same kernel by way of them.
 
-    cut: every connection is closed.  While it is cut, new ones are taken and left alone, as by a network that
-    swallows packets; or refused.  hold: connections stay, and nothing comes through, or nothing of one channel.
-    mend ends both.
+    cut: every connection is closed, or those of one channel only.  While it is cut, new ones are taken and left
+    alone, as by a network that swallows packets; or refused.  hold: connections stay, and nothing comes through, or
+    nothing of one channel.  mend ends both.
     """
 
     def __init__(self, case, info, in_a_row=False, **extra):
@@ -83,7 +84,7 @@ class Wire:
         except OSError:
             near.close()
             return
-        self._pairs.append((near, far))
+        self._pairs.append((near, far, channel))
         self._start(self._pump, near, far, channel)
         self._start(self._pump, far, near, channel)
 
@@ -102,10 +103,11 @@ class Wire:
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
 
-    def cut(self, refuse=False):
+    def cut(self, refuse=False, only=None):
         with self._lock:
             self._is_cut = True
-            pairs, self._pairs = self._pairs, []
+            pairs = [pair for pair in self._pairs if only in (None, pair[2])]
+            self._pairs = [pair for pair in self._pairs if pair not in pairs]
         self._drop(pairs)
         self._release()
         if refuse:
@@ -323,6 +325,40 @@ class Cut(WireCase):
         self.wire.mend()
         pending.wait(support.DEADLINE)
         self.assertEqual(self.states, [])
+
+    def test_what_was_said_while_only_the_output_was_cut_comes_when_that_is_back(self):
+        heard = []
+        self.ours.listen(heard.append)
+        self.wire.hold("iopub")
+        self.near.execute("print('said')")
+        self.wire.cut(only="iopub")
+        self.wire.mend()
+        support.wait_until(lambda: "said\n" in [message.content.get("text") for message in heard])
+        self.assertEqual((self.ours.missed, self.states), (0, []))
+
+    def test_a_link_that_comes_back_as_the_client_closes_is_let_go(self):
+        shown, is_back, ask = [], threading.Event(), link.Link._ask
+
+        def close_first(ours):
+            self.ours._is_closed = True         # as `close` begins, on another thread
+            is_back.set()
+            ask(ours)
+        with mock.patch("sys.excepthook", lambda *error: shown.append(error)), \
+                mock.patch.object(link.Link, "_ask", close_first):
+            self.cut()
+            self.wire.mend()
+            self.assertTrue(is_back.wait(support.DEADLINE))
+            self.ours.close()
+        self.assertEqual(shown, [])
+
+    def test_a_look_for_a_machine_whose_name_nobody_knows_now_harms_nothing(self):
+        self.cut()
+        self.ours.info = self.ours.info._replace(ip="no-such-host.invalid")     # its name is asked for by a network
+        with mock.patch.object(link, "LOOK_SECONDS", 0.01):
+            self.ours._link._look_at = 0.0
+            support.wait_until(lambda: self.ours._link._look_at, what="a look")
+        self.mend()
+        self.assertEqual(self.execute("print(1)")[0], "1\n")
 
     def test_a_link_that_is_silent_is_noticed(self):
         with mock.patch.dict("twoproc.clientchannels._REMOTE_OPTIONS", {75: 200, 77: 500}):     # HEARTBEAT_IVL, TIMEOUT
@@ -593,6 +629,18 @@ class Reaching(unittest.TestCase):
 
     def test_a_host_by_its_name_and_by_ipv6_finds_the_address_that_listens(self):
         self.assertEqual(self.reach(self.address().replace("127.0.0.1", "localhost")).ip, "127.0.0.1")
+
+    def test_an_address_of_a_kind_that_this_machine_does_not_speak_is_passed_over(self):
+        make, places = socket.socket, socket.getaddrinfo("127.0.0.1", 20557, type=socket.SOCK_STREAM)
+        other = (socket.AF_INET6, *places[0][1:4], ("::1", 20557, 0, 0))
+
+        def speak(family=socket.AF_INET, *others, **options):
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            return make(family, *others, **options)
+        with mock.patch.object(socket, "getaddrinfo", lambda host, port, **options: [
+                other, (*places[0][:4], ("127.0.0.1", port))]), mock.patch.object(remote.socket, "socket", speak):
+            self.assertEqual(remote._look_up(remote.Address("lab", self.port, ""), time.monotonic() + 5), "127.0.0.1")
 
     def test_a_kernel_that_listens_by_ipv6_alone(self):
         try:

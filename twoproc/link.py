@@ -16,6 +16,7 @@ Part of a Client like InOrder, and run by its thread; others look at `is_lost`.
 """
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import time
@@ -107,7 +108,10 @@ class Link:
         self._end_look()
         self._probe = socket.socket(socket.AF_INET6 if ":" in info.ip else socket.AF_INET)
         self._probe.setblocking(False)
-        found = self._probe.connect_ex((info.ip.strip("[]"), info.port("shell")))
+        try:
+            found = self._probe.connect_ex((info.ip.strip("[]"), info.port("shell")))
+        except socket.gaierror:         # by a name, and who knows it is behind the same network
+            found = errno.EHOSTUNREACH
         if found == errno.EINPROGRESS:
             self._client._channels.watch(self._probe.fileno(), self._see)
         else:
@@ -144,11 +148,12 @@ class Link:
         """The kernel is asked what it knows; one of another make, whether it is the same at all."""
         client = self._client
         cells = [pending.msg_id for pending in self._at_risk if pending.msg_type == "execute_request"]
-        self._question, channel, frames = (
-            client._prepare("twoproc_resume_request", {"msg_ids": cells}) if client.resumes
-            else client._prepare("kernel_info_request"))
-        self._question._on_message = self._take_answer
-        client._channels.send_at_once(channel, frames)
+        with contextlib.suppress(ValueError):       # closed a moment ago
+            self._question, channel, frames = (
+                client._prepare("twoproc_resume_request", {"msg_ids": cells}) if client.resumes
+                else client._prepare("kernel_info_request"))
+            self._question._on_message = self._take_answer
+            client._channels.send_at_once(channel, frames)
 
     def _take_answer(self, reply: Message) -> None:
         if not reply.msg_type.endswith("_reply"):
