@@ -139,13 +139,13 @@ def _look_up(address: Address, deadline: float) -> str:
     last: OSError | None = None
     try:
         for family, kind, number, _, place in socket.getaddrinfo(address.host, port, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind, number) as sock:
-                sock.settimeout(max(0.1, min(CONNECT_SECONDS, deadline - time.monotonic())))
-                try:
+            try:
+                with socket.socket(family, kind, number) as sock:
+                    sock.settimeout(max(0.1, min(CONNECT_SECONDS, deadline - time.monotonic())))
                     sock.connect(place)
                     return sock.getpeername()[0]
-                except OSError as error:
-                    last = error
+            except OSError as error:
+                last = error
     except (socket.gaierror, UnicodeError) as error:
         raise NotReady("refused", "no machine is called %s (%s)" % (
             address.host, getattr(error, "strerror", None) or error)) from None
