@@ -610,6 +610,18 @@ class Several(TerminalCase):
         lines = self.alice.wait("Out[3]: 'mine'")
         self.assertLess(lines.index("bob | bob is done"), lines.index("Out[3]: 'mine'"))
 
+    def test_ctrl_c_at_a_cell_that_waits_is_not_for_the_others(self):
+        self.bob.send("spin()\r")
+        self.alice.wait(lambda lines: "bob In [2]: spin()" in lines and lines[-1].startswith(" busy"))
+        self.alice.send("print('mi' + 'ne')\r")
+        self.alice.wait("queued (1 before")
+        self.alice.send(CTRL_C)
+        self.alice.wait("bob In [2] runs before yours. [w]ait [d]etach [i]nterrupt it:")
+        self.assertNotIn("KeyboardInterrupt", self.bob.raw)
+        self.alice.send("i")
+        self.bob.wait("KeyboardInterrupt")
+        self.alice.wait(lambda lines: "mine" in lines and lines[-1] == "In [4]:")
+
     def test_only_who_was_asked_answers(self):
         self.bob.send("x = input('who? ')\r")
         self.bob.wait(lambda lines: lines[-1] == "who?")

@@ -646,6 +646,9 @@ class Terminal:
 
     def _interrupt_cell(self) -> None:
         cell = self.cell
+        if self._is_queued():       # the interrupt would be for what runs, and so for somebody else
+            self.actions.append(self._choose_while_queued)
+            return
         now = time.monotonic()
         is_insisting = cell.interrupted_at is not None and now - cell.interrupted_at < INSISTING_SECONDS
         cell.interrupted_at = now
@@ -656,6 +659,18 @@ class Terminal:
             return
         if is_insisting:
             self.actions.append(self._choose_after_insisting)
+
+    def _is_queued(self) -> bool:
+        return self.cell is not None and self.cell.count is None and self.busy is not None
+
+    def _choose_while_queued(self) -> None:
+        if not self._is_queued():
+            return
+        choice = self.choose("%s In [%s] runs before yours. [w]ait [d]etach [i]nterrupt it: " % self.busy[1:3])
+        if choice == "d":
+            self.detach()
+        elif choice == "i" and self._is_queued():
+            self.client.interrupt_nowait()
 
     def _choose_after_insisting(self) -> None:
         cell = self.cell
