@@ -93,8 +93,18 @@ class MailboxTests(unittest.TestCase):
             self.mailbox.put(number)
         first = [self.mailbox.pop(), self.mailbox.pop()]
         self.mailbox.put_back(first)
-        self.assertEqual(self.mailbox.take(lambda number: number % 2), [1, 3, 5])
+        self.assertEqual(list(self.mailbox.take(lambda number: number % 2)), [1, 3, 5])
         self.assertEqual([self.mailbox.pop() for _ in range(len(self.mailbox))], [0, 2, 4])
+
+    def test_a_take_that_is_broken_off_leaves_all_that_it_has_not_given(self):
+        def is_wanted(number):
+            if number == 3:
+                raise KeyboardInterrupt
+            return number % 2
+        for number in range(6):
+            self.mailbox.put(number)
+        self.assertRaises(KeyboardInterrupt, list, self.mailbox.take(is_wanted))
+        self.assertEqual([self.mailbox.pop() for _ in range(len(self.mailbox))], [0, 2, 3, 4, 5])
 
     def test_no_wake_up_is_lost_with_many_writers(self):
         """The reader waits without any limit of its own: one lost ring and it never returns."""

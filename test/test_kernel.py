@@ -148,6 +148,20 @@ class CommTests(KernelCase):
         self.assertIn("error", [message.msg_type for message in self.client.output(self.say(1))])
         self.assert_serves()
 
+    def test_an_interrupt_that_strikes_in_a_handler_ends_the_cell_that_awaits(self):
+        self.open_comm()
+        self.client.execute("import time\nseen = []\ndef got(data):\n    print('got', data)\n"
+                            "    seen.append(data)\n    time.sleep(60 if data == 'first' else 0)")
+        msg_id = self.client.send_execute("print('waiting')\nawait asyncio.sleep(60)")
+        self.client.wait_text(msg_id, "waiting")
+        first, second = self.say("first"), self.say("second")
+        self.client.wait_text(first, "got first")
+        self.client.request("control", "interrupt_request")
+        self.assertEqual(self.client.result(msg_id).reply.content["ename"], "KeyboardInterrupt")
+        self.client.output(first)
+        self.client.output(second)
+        self.assertEqual(self.client.execute("seen").value, "['first', 'second']")
+
     def test_what_is_no_json_is_an_error_of_the_cell(self):
         for arguments in ("data=object()", "metadata={'a': object()}", "buffers=['text']"):
             with self.subTest(arguments):

@@ -489,7 +489,12 @@ class Kernel:
     def answering(self, message: Message):  # type: ignore[no-untyped-def]
         """busy, then whatever the handler says, then idle: around every request but a cell."""
         self.status("busy", message)
-        yield
+        try:
+            yield
+        finally:
+            self.idle(message)
+
+    def idle(self, message: Message) -> None:
         self.status("idle", message)
         running = self.running
         if running is not None and running is not message:
@@ -735,7 +740,8 @@ class Kernel:
         try:
             self.run_user_code(function)
         except KeyboardInterrupt:
-            pass
+            if self._runs_user_code:        # a cell awaits meanwhile, and it is the one to be ended
+                raise
         except BaseException as error:      # SystemExit among them: asyncio lets it through
             tell(error)
 
@@ -778,9 +784,9 @@ class Kernel:
 
         def abort() -> None:
             self.channels.receive_shell()
-            queued = self.channels.requests.take(
+            queued = list(self.channels.requests.take(
                 lambda other: other is not None and other.msg_type == "execute_request"
-                and self._replies.route(other) == self._replies.route(message))   # all: a relay has several
+                and self._replies.route(other) == self._replies.route(message)))    # all: a relay has several
             self.reply(message, "execute_reply", reply)
             self.status("idle", message)
             for other in queued:
@@ -951,12 +957,8 @@ class Helpers:
                 return
 
     def _finish(self, task: Task, content: dict) -> None:
-        kernel, message = self._kernel, task.message
-        kernel.reply(message, MESSAGES[message.msg_type].reply or "", content)
-        kernel.status("idle", message)
-        running = kernel.running
-        if running is not None:
-            kernel.status("busy", running)
+        self._kernel.reply(task.message, MESSAGES[task.message.msg_type].reply or "", content)
+        self._kernel.idle(task.message)
 
 
 class Task:

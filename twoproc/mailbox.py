@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Iterator
 
 import zmq
 
@@ -99,11 +99,12 @@ class Mailbox:
         """Put items in front of all others, in their order."""
         self._items.extendleft(reversed(list(items)))
 
-    def take(self, is_wanted: Callable[[Any], bool]) -> list:
-        """Remove and return all items that are wanted, in order; the others keep theirs."""
-        everything = [self._items.popleft() for _ in range(len(self._items))]
-        self.put_back([item for item in everything if not is_wanted(item)])
-        return [item for item in everything if is_wanted(item)]
+    def take(self, is_wanted: Callable[[Any], bool]) -> Iterator:
+        """The items that are wanted, in order, each removed as it is asked for: Ctrl-C may strike in between."""
+        for item in list(self._items):
+            if is_wanted(item) and item in self._items:     # else taken by whoever got the one before
+                self._items.remove(item)
+                yield item
 
     def close(self) -> None:
         self._reader.close()
