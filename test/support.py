@@ -63,7 +63,7 @@ def wait_until(predicate, deadline=DEADLINE, what=None, pause=0.005):
         if value:
             return value
         if time.monotonic() > end:
-            raise DeadlineError(f"not within {deadline} s: {what or predicate}")
+            raise DeadlineError(f"not within {deadline} s: {what() if callable(what) else what or predicate}")
         _pause.wait(pause)
 
 

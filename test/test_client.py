@@ -90,12 +90,15 @@ class Requests(ClientCase):
 
     def test_a_timeout_comes_on_time_without_cpu_and_the_late_reply_is_dropped(self):
         path = os.path.join(self.kernel.home.path, "too-late")
-        start, cpu = time.monotonic(), time.process_time()
-        with self.assertRaises(TimeoutError):
-            self.ours.execute(f"import os, time\nwhile not os.path.exists({path!r}): time.sleep(0.01)\nprint('late')",
-                              timeout=0.8)
-        self.assertTrue(0.8 <= time.monotonic() - start < 0.8 + support.at_most(0.3), time.monotonic() - start)
-        self.assertLess(time.process_time() - cpu, 0.3)
+        code = f"import os, time\nwhile not os.path.exists({path!r}): time.sleep(0.01)\nprint('late')"
+        took = []       # the best of three: this process may be paused once
+        while not took or min(took) >= 0.8 + support.at_most(0.3) and len(took) < 3:
+            start, cpu = time.monotonic(), time.process_time()
+            with self.assertRaises(TimeoutError):
+                self.ours.execute(code, timeout=0.8)
+            took.append(time.monotonic() - start)
+            self.assertLess(time.process_time() - cpu, 0.3)
+        self.assertTrue(0.8 <= min(took) < 0.8 + support.at_most(0.3), took)
         with open(path, "w"):
             pass
         seen = []
@@ -317,7 +320,7 @@ class Control(ClientCase):
             events.append("asked")
             return ""
         for _ in range(20):
-            self.ours.execute("print('before', flush=True); input()", on_input=answer, timeout=support.DEADLINE,
+            self.ours.execute("print('before', end='', flush=True); input()", on_input=answer, timeout=support.DEADLINE,
                               on_output=lambda message: message.msg_type == "stream" and events.append("text"))
         self.assertEqual(events, ["text", "asked"] * 20)
 
@@ -381,7 +384,8 @@ class FirstMessage(ClientCase):
                 one.execute("print(1)", on_output=seen.append, timeout=support.DEADLINE)
                 self.assertEqual(text_of(seen), "1\n")
                 self.assertEqual(seen[-1].content, {"execution_state": "idle"})
-        self.assertEqual(counts(), before)
+        # A thread that was joined, and a descriptor of ZeroMQ's own thread, may be about to go.
+        support.wait_until(lambda: counts() == before, what=lambda: f"{before} threads and descriptors, not {counts()}")
 
 
 class Death(unittest.TestCase):
@@ -473,17 +477,17 @@ class NotReadyCauses(unittest.TestCase):
 
     def test_one_port_is_unreachable(self):
         fake = FakeKernel(self, is_busy=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            info = fake.info._replace(stdin_port=free.getsockname()[1])
-        self.assert_cause(info, "refused", "nothing listens for stdin", timeout=2)
+        with socket.socket() as taken:      # so that nobody else listens there
+            taken.bind(("127.0.0.1", 0))
+            info = fake.info._replace(stdin_port=taken.getsockname()[1])
+            self.assert_cause(info, "refused", "nothing listens for stdin", timeout=4)
 
     def test_iopub_leads_nowhere(self):
         fake = FakeKernel(self)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            info = fake.info._replace(iopub_port=free.getsockname()[1])
-        self.assert_cause(info, "output", "no output arrived from iopub at tcp://127.0.0.1:", timeout=2)
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            info = fake.info._replace(iopub_port=taken.getsockname()[1])
+            self.assert_cause(info, "output", "no output arrived from iopub at tcp://127.0.0.1:", timeout=4)
 
     def test_the_key_is_wrong(self):
         kernel = support.start_kernel(self)
@@ -492,7 +496,7 @@ class NotReadyCauses(unittest.TestCase):
 
     def test_the_kernel_is_busy(self):
         fake = FakeKernel(self, is_busy=True)
-        self.assert_cause(fake.info, "busy", "busy: it answers on control, but not on shell", timeout=2)
+        self.assert_cause(fake.info, "busy", "busy: it answers on control, but not on shell", timeout=4)
 
     def test_the_kernel_is_stopped(self):
         kernel = support.start_kernel(self)
@@ -503,14 +507,14 @@ class NotReadyCauses(unittest.TestCase):
         public, secret = zmq.curve_keypair()
         fake = FakeKernel(self, curve=(public, secret))
         info = fake.info._replace(curve_publickey=None, curve_secretkey=None)
-        self.assert_cause(info, "encryption", "encrypted", timeout=2)
+        self.assert_cause(info, "encryption", "encrypted", timeout=4)
 
     def test_the_file_has_another_curve_key(self):
         public, secret = zmq.curve_keypair()
         fake = FakeKernel(self, curve=(public, secret))
         other, other_secret = zmq.curve_keypair()
         info = fake.info._replace(curve_publickey=other, curve_secretkey=other_secret)
-        self.assert_cause(info, "key", "encrypted with another key", timeout=2)
+        self.assert_cause(info, "key", "encrypted with another key", timeout=4)
 
     def test_something_else_listens(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
