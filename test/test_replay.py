@@ -228,21 +228,24 @@ class Refill(unittest.TestCase):
             fake.say(message, "1\n", is_lost=True)
             fake.end(message, is_lost=True)
             fake.publish("status", {"execution_state": "busy"}, {"msg_id": "x"})     # by which it is seen
-        start = time.monotonic()
-        seen, _ = self.run_cell(script)
+        # By the log, and not because nothing came any more.
+        with mock.patch.object(client_module, "IDLE_PATIENCE", 2 * support.DEADLINE):
+            seen, _ = self.run_cell(script)
         self.assert_lines(seen, range(2))
         self.assertEqual(seen[-1].content, {"execution_state": "idle"})
-        self.assertLess(time.monotonic() - start, client_module.IDLE_PATIENCE)
 
     def test_a_cell_whose_idle_was_lost_and_behind_which_nothing_came_ends(self):
         def script(fake, message):
             fake.begin(message)
             fake.say(message, "0\n", is_lost=True)
             fake.end(message, is_lost=True)
-        start = time.monotonic()
-        seen, _ = self.run_cell(script)
-        self.assert_lines(seen, range(1))
-        self.assertLess(time.monotonic() - start, client_module.IDLE_PATIENCE - 1)
+        took = []       # the best of three: this process may be paused once
+        while not took or min(took) >= client_module.IDLE_PATIENCE - 1 and len(took) < 3:
+            start = time.monotonic()
+            seen, _ = self.run_cell(script)
+            took.append(time.monotonic() - start)
+            self.assert_lines(seen, range(1))
+        self.assertLess(min(took), client_module.IDLE_PATIENCE - 1)
 
     def test_a_cell_that_was_lost_whole_is_there(self):
         other = Message({"msg_id": "b_1", "session": "b", "username": "bob", "msg_type": "execute_request"}, {}, {},
@@ -565,6 +568,7 @@ class CatchUp(unittest.TestCase):
             self.assertEqual(self.texts(True), "past\n")
             with mock.patch.object(client_module, "IDLE_PATIENCE", 0.1):
                 ours.execute("", timeout=support.DEADLINE)
+            support.wait_until(lambda: self.texts(False), what="what is live")
             self.assertEqual(self.texts(False), "live\n")
 
     def test_without_a_log_everything_is_live(self):
@@ -577,6 +581,7 @@ class CatchUp(unittest.TestCase):
                 self.assertEqual(ours.log().messages, [])
                 with mock.patch.object(client_module, "IDLE_PATIENCE", 0.1):
                     ours.execute("", timeout=support.DEADLINE)
+                support.wait_until(lambda: self.texts(False), what="what is live")
         self.assertEqual((self.texts(True), self.texts(False)), ("", "live\n"))
         self.assertEqual(fake.questions, [])
 
@@ -671,7 +676,7 @@ class Visitors(support.KernelCase):
             gate = os.path.join(self.kernel.home.work, f"visited-{number}")
             msg_id = self.client.send_execute(
                 f"import os, time\ni = 0\nwhile i < 100 or not os.path.exists({gate!r}):\n"
-                f"    i += 1\n    print(i, flush=True)\n    time.sleep({pause})")
+                f"    i += 1\n    print(f'{{i}}\\n', end='', flush=True)\n    time.sleep({pause})")
             self.client.wait_running(msg_id)
             visits = 0
             while True:
@@ -869,7 +874,7 @@ print(json.dumps({"text": text.hexdigest(), "in_order": displays == list(range(l
             taken = time.monotonic() - times[0]
             self.assertEqual(text.digest(), hashlib.sha256(self.TEXT.encode()).digest())
             pauses = [after - before for before, after in zip(times, times[1:])]
-            self.assertLess(max(pauses), self.SECONDS + 2)
+            self.assertLess(max(pauses), self.SECONDS + support.at_most(2))
             ours.execute(f"import time; time.sleep({max(0, self.STOPPED - taken)})")
             self.assertLess(self.kernel.memory("VmHWM") - before, 100 << 20)
             reader.signal(signal.SIGCONT)
@@ -920,10 +925,11 @@ print(json.dumps({"text": text.hexdigest(), "in_order": displays == list(range(l
             ours.execute_nowait(self.FLOOD)
             ours.listen(lambda message: lines.append(message) or len(lines) == 1400 and stopped.set())
             self.assertTrue(stopped.wait(support.DEADLINE))
-            support.wait_until(lambda: ours._heard_output_at < time.monotonic() - 0.3, what="the kernel to wait")
-            start = time.monotonic()
+            # Longer than a busy machine is likely to be silent for another reason; and counted from the last word.
+            support.wait_until(lambda: ours._heard_output_at < time.monotonic() - 1.5, what="the kernel to wait")
+            start = ours._heard_output_at
             connect(kernel.connection_file).close()
-            self.assertGreater(time.monotonic() - start, 3.8)
+            self.assertGreater(time.monotonic() - start, 4.1)
 
     def test_without_a_log_the_loss_is_told_and_the_cell_ends(self):
         kernel = support.start_kernel(self, *self.kernel_arguments, "--set", "recovery.log=no")
