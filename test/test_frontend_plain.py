@@ -93,6 +93,17 @@ class OnAPipe(PlainCase):
         self.assert_result(self.run_it(input=""), 0, "", "")
         self.assert_no_kernel()
 
+    def test_code_may_say_in_which_encoding_it_is(self):
+        code = "# coding: latin-1\nprint(ord('\xff'))\n"
+        self.assert_result(self.run_it(input=code, encoding="latin-1"), 0, "255\n", "")
+
+    def test_what_is_no_text_is_one_line_and_status_2(self):
+        result = self.run_it(input="print('\xff')\n", encoding="latin-1")
+        self.assert_result(result, 2, "")
+        self.assertRegex(result.stderr, r"^twoproc: cannot read standard input: .*\n$")
+        result = self.run_it("-i", input="len('\xff')\n", encoding="latin-1")
+        self.assert_result(result, 0, "1\n", "")
+
     def test_a_lone_surrogate_is_written_as_an_escape(self):
         self.assert_result(self.run_it(input="print('a\\ud800b')\n"), 0, "a\\ud800b\n", "")
 

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(sys, name) is None:      # the shell has closed the descriptor
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace")       # lone surrogates; a locale that is not UTF-8
+    sys.stdin.reconfigure(errors="replace")
     try:
         settings = config.load(arguments)
         if arguments.show_config:
@@ -61,13 +62,11 @@ def main(argv: list[str] | None = None) -> int:
                 print(json.dumps(kernel.members()) if arguments.json else kernel.line()[:columns])
             return 0
         return run(arguments, settings)
-    except (config.ConfigError, connection.ConnectionFileError, launcher.LaunchError) as error:
-        return fail(str(error), error.exit_code)
     except BrokenPipeError:
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return 130
-    except OSError as error:        # NotReady is one, and has an exit code
+    except (config.ConfigError, connection.ConnectionFileError, launcher.LaunchError, OSError) as error:
         return fail(str(error), getattr(error, "exit_code", 1))
     except Exception as error:      # ours; the user's session must not end in a page of our source
         import tempfile
@@ -152,11 +151,19 @@ def read_code(arguments: argparse.Namespace) -> Source | None:
     if arguments.script is None:
         return None
     try:
-        import tokenize     # knows a source file's own declaration of its encoding
-        with tokenize.open(arguments.script) as file:
-            return Source(file.read(), [arguments.script, *arguments.args], os.path.abspath(arguments.script))
-    except (OSError, UnicodeDecodeError, SyntaxError) as error:
-        raise config.ConfigError(f"cannot read {arguments.script}: {getattr(error, 'strerror', None) or error}")
+        with open(arguments.script, "rb") as file:
+            code = decode(arguments.script, file.read())
+    except OSError as error:
+        raise config.ConfigError(f"cannot read {arguments.script}: {error.strerror or error}")
+    return Source(code, [arguments.script, *arguments.args], os.path.abspath(arguments.script))
+
+
+def decode(name: str, source: bytes) -> str:
+    from importlib.util import decode_source    # knows a source file's own declaration of its encoding
+    try:
+        return decode_source(source)
+    except (UnicodeDecodeError, SyntaxError) as error:
+        raise config.ConfigError(f"cannot read {name}: {error}")
 
 
 class Source:
@@ -199,6 +206,7 @@ class Plain:
         self.has_prompt = False
         self.shows_values = True
         self.next_input = ""
+        self.count = 1
         self._is_leaving = False        # SystemExit was raised: what IPython says about that is not for us
         self._keeps = False             # exit(keep_kernel=True)
         self._is_told = False           # the error was published; its reply holds it once more
@@ -210,25 +218,20 @@ class Plain:
                       else screen.EscapeFilter(colors=False, moves=False))
 
     def run(self, source: Source | None, is_batch: bool) -> int:
+        from .client import Client, KernelDied      # while the kernel boots
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             signal.signal(number, self._terminate)
         try:
-            from .client import Client, ConnectionLost, KernelDied, NotReady
-            try:
-                with Client(self.start.wait()) as self.client:
-                    self.start.attend(self.client, self._say)
-                    self.client.watch(self._tell)
-                    info = self.client.wait_ready().content
-                    self.is_python = (info.get("language_info") or {}).get("name", "python") == "python"
-                    return self._run(source, is_batch)
-            except KernelDied as died:
-                return fail(self._cause(died), DIED)
-            except NotReady as error:
-                return fail(str(error), error.exit_code)
-            except ConnectionLost as error:
-                return fail(str(error), 1)
-        except BrokenPipeError:
-            return BROKEN_PIPE
+            with Client(self.start.wait()) as self.client:
+                self.start.attend(self.client, self._say)
+                self.client.watch(self._tell)
+                info = self.client.wait_ready().content
+                self.is_python = (info.get("language_info") or {}).get("name", "python") == "python"
+                return self._run(source, is_batch)
+        except KernelDied as died:
+            return fail(self._cause(died), DIED)
+        except ConnectionError:
+            raise       # NotReady and ConnectionLost say what happened, and nobody reads after a BrokenPipeError
         except OSError as error:
             return fail(f"cannot write the output: {error.strerror or error}", 1)
         finally:
@@ -275,7 +278,7 @@ class Plain:
             return self._run_source(source)
         if not is_batch or self.arguments.interactive:
             return self._run_lines(has_prompt=not is_batch)
-        text = sys.stdin.read()
+        text = decode("standard input", sys.stdin.buffer.read())
         if self.is_python:
             from .cells import split_cells
             cells = split_cells(text)
@@ -309,31 +312,29 @@ class Plain:
         if has_prompt and not self.arguments.quiet:
             for line in banner(self.start):
                 self._prompt(line + "\n")
-        count, status = 1, 0
         while True:
             try:
-                text = self._read_cell(count)
+                text = self._read_cell()
             except KeyboardInterrupt:
                 self._prompt("\nKeyboardInterrupt\n")
                 continue
             except EOFError:
                 self._prompt("\n")
-                return 0 if has_prompt else status
+                return 0
             if not text.strip():
                 continue
             outcome = self.run_cell(text, self._ask)
             if self._is_leaving or outcome is not None and not has_prompt:
                 return outcome or 0
-            count = self.count
             if has_prompt:
                 self._fresh_line()
 
-    def _read_cell(self, count: int) -> str:
+    def _read_cell(self) -> str:
         from .cells import check_complete
         if self.next_input:
             self._prompt(f"next input:\n{self.next_input}\n")
             self.next_input = ""
-        head = f"In [{count}]: "
+        head = f"In [{self.count}]: "
         lines = [self._read_line(head)]
         while self.is_python and check_complete("\n".join(lines))[0] == "incomplete":
             try:
@@ -354,8 +355,6 @@ class Plain:
             self._write(sys.stdout if sys.stdout.isatty() else sys.stderr, text)
 
     # -- one cell
-
-    count = 1
 
     def run_cell(self, code: str, on_input: Callable[[str, bool], str]) -> int | None:
         """Run a cell to its end; the exit status if it is a reason to stop, else None."""
