@@ -703,7 +703,7 @@ class Terminal:
         session: PromptSession = PromptSession(
             message=ANSI(message), history=InMemoryHistory() if password else self.answers,
             enable_history_search=not password, input_processors=[Invisible()] if password else None,
-            key_bindings=question_keys(self.inbox.put),
+            key_bindings=question_keys(self.inbox.put), enable_suspend=True,
             color_depth=self.session.color_depth, editing_mode=self.session.editing_mode)
         try:
             answer = self._run_prompt(session)
