@@ -25,7 +25,7 @@ from twoproc import client as client_module
 from twoproc import clientchannels, link, remote, replies
 from twoproc.client import Client, ConnectionLost, KernelDied, NotReady, connect
 from twoproc.connection import CHANNELS, ConnectionFileError, fingerprint, hex_of, read_connection_file, z85_of
-from twoproc.session import Message
+from twoproc.session import BadMessage, Message
 
 from . import support
 from .lab import Lab
@@ -44,6 +44,7 @@ class Wire:
         self._ports = {}
         self._listeners, self._threads, self._pairs, self._parked = [], [], [], []
         self._lock = threading.Lock()
+        self.held = set()           # channels of which something was held
         self._open = {channel: threading.Event() for channel in CHANNELS}
         self._release()
         self._is_cut = self._is_closed = False
@@ -91,6 +92,8 @@ class Wire:
     def _pump(self, source, sink, channel):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if not self._open[channel].is_set():
+                    self.held.add(channel)
                 self._open[channel].wait()
                 sink.sendall(data)
         for sock in (source, sink):
@@ -117,6 +120,11 @@ class Wire:
     def hold(self, *channels):
         for channel in channels or CHANNELS:
             self._open[channel].clear()
+
+    def delay(self, channel):
+        """What is held comes when the event is set that is returned, though other connections come through."""
+        is_open, self._open[channel] = self._open[channel], threading.Event()
+        return is_open
 
     def _release(self):
         for is_open in self._open.values():
@@ -325,6 +333,23 @@ class Cut(WireCase):
             question.wait(support.DEADLINE)
         self.assertEqual(self.execute("print(ran)")[0], "False\n")
 
+    def test_a_cell_that_surely_did_not_run_does_not_run_should_it_come_later(self):
+        """The system goes on to send what an old connection still had, when the network is back."""
+        self.execute("ran = False")
+        self.wire.hold("shell")
+        pending = self.ours.execute_nowait("ran = True")
+        support.wait_until(lambda: "shell" in self.wire.held)
+        is_late = self.wire.delay("shell")
+        self.wire.cut(only="control")
+        self.wait_state("lost")
+        self.mend()
+        with self.assertRaisesRegex(ConnectionLost, "certain that it did not run"):
+            pending.wait(support.DEADLINE)
+        is_late.set()
+        self.near.take("iopub", lambda message: message.parent_header.get("msg_id") == pending.msg_id
+                       and message.content.get("execution_state") == "idle")
+        self.assertEqual(self.execute("print(ran)")[0], "False\n")
+
     def test_a_link_that_is_held_for_a_moment_is_not_lost(self):
         pending = self.ours.execute_nowait("print(1)")
         self.wire.hold()
@@ -447,6 +472,13 @@ class Remembered(unittest.TestCase):
         cell = self.cell(1, user="a" * 64)
         self.note(cell, self.cell(1, user="b" * 64, identity=b"thief"))
         self.assertEqual(self.replies.route(cell), [b"old"])
+
+    def test_a_cell_said_to_be_unknown_comes_by_the_connection_that_was_told_so_or_not_at_all(self):
+        self.assertEqual(self.resume(1, 2, "x" * 300), (["1", "2", "x" * 300], [], []))
+        self.note(self.cell(1, identity=b"new"), self.cell(1, session="t"))
+        with self.assertRaisesRegex(BadMessage, "did not run"):
+            self.note(self.cell(2))
+        self.assertEqual(self.resume(1, 2), (["2"], [], []))
 
     def test_large_replies_push_out_the_oldest(self):
         self.note(*map(self.cell, range(5)), reply=b"x" * (1 << 20))

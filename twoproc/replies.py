@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from .session import Message
+from .session import BadMessage, Message
 
 MAX_CELLS = 2000                # remembered; of these
 MAX_REPLIES = 200               # with their reply, together at most
@@ -50,12 +50,16 @@ class Replies:
         self._cells: dict[tuple, Cell] = {}
         self._forgotten: dict[tuple, int] = {}      # user and session -> number of the newest cell that is not here now
         self._is_whole = True           # that much is known of all sessions
+        self._unknown: dict[tuple, list[bytes]] = {}    # cells that never came -> the identities of who was told so
         self._kept: deque[Cell] = deque()       # with a reply, oldest first
         self._kept_bytes = 0
         self._keeping = threading.Lock()        # main and twoproc-io both reply
 
     # -- run by twoproc-io
     def note_request(self, message: Message) -> None:
+        """Raises BadMessage for one that was said to be unknown: the network still had it, of a connection before."""
+        if self._unknown.pop(_name(message, message.msg_id), message.identities) != message.identities:
+            raise BadMessage("execute_request: it comes behind the word that it did not run, and does not", message)
         self._cells[_name(message, message.msg_id)] = Cell(message)
         if len(self._cells) > MAX_CELLS:
             user, session, msg_id = oldest = next(iter(self._cells))
@@ -79,6 +83,10 @@ class Replies:
             cell = self._cells.get(_name(asker, str(msg_id)))
             if cell is None:
                 (unknown if newest < 0 or newest < _number(msg_id) < sys.maxsize else forgotten).append(msg_id)
+                if type(msg_id) is str and len(msg_id) <= 256:      # no cell's is longer
+                    self._unknown[_name(asker, msg_id)] = asker.identities
+                if len(self._unknown) > MAX_CELLS:
+                    del self._unknown[next(iter(self._unknown))]
                 continue
             cell.identities = asker.identities      # first: what main sends after this look goes there
             if cell.reply is not None:
