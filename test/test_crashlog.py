@@ -1083,7 +1083,7 @@ class Lock(Case):
                 session = self.read(self.line(child))
                 self.assertEqual(session.state(), "alive")
                 self.kill(child)
-                wait_until(lambda session=session: session.state() == "died", 2)
+                wait_until(lambda session=session: session.state() == "died", what="the lock to be let go")
                 child.stdin.close()
                 session.drop()
 

@@ -5,6 +5,7 @@ Each cell of CELLS would run for a minute or for ever. It is interrupted while i
 interrupt_request and by SIGINT to the process group (what a terminal sends), and must have ended within a
 second (of several rounds: half of them), as KeyboardInterrupt; the next cell then runs as if nothing had been.
 """
+import contextlib
 import importlib
 import os
 import queue
@@ -314,8 +315,10 @@ except KeyboardInterrupt:
         if not support.IS_OURS:
             command = f"sh -c '{support.KERNEL} & echo $! > {pid_path}; wait'"
         self.kernel = support.start_kernel(self, command=command, env={"JPY_PARENT_PID": ""})
-        with open(pid_path) as file:
-            pid = int(file.read())
+        def pid_of_kernel():        # the shell may write it after its kernel has begun to serve
+            with contextlib.suppress(FileNotFoundError), open(pid_path) as file:
+                return file.read().strip()
+        pid = int(support.wait_until(pid_of_kernel, what="the kernel's pid"))
         self.client = self.kernel.client(self)
         for interrupt in (self.by_message, lambda: os.kill(pid, signal.SIGINT)):
             self.interrupt_round("time.sleep", interrupt)

@@ -550,8 +550,8 @@ class EndTests(unittest.TestCase):
         self.assert_ends(kernel, 0)
 
     def test_without_any_client_for_long_enough_it_ends_when_told_to(self):
-        kernel, client = self.start("--orphan-timeout", "2")       # so long at least has the client to attach
-        self.assertTrue(client.is_silent("control", 2.3))
+        kernel, client = self.start("--orphan-timeout", "4")       # so long at least has the client to attach
+        self.assertTrue(client.is_silent("control", 4.3))
         self.assertTrue(kernel.is_alive)
         client.close()
         self.assert_ends(kernel, 0)

@@ -188,7 +188,7 @@ class Ending(LauncherCase):
             "import subprocess, time\n"
             "child = subprocess.Popen(['sh', '-c', 'trap \"\" INT TERM; sleep 1000 & wait; sleep 1000'])\n"
             "spared = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
-            "print(child.pid, spared.pid, flush=True)\ntime.sleep(1000)")
+            "print(f'{child.pid} {spared.pid}', flush=True)\ntime.sleep(1000)")       # in one piece
         self.assertTrue(begun.wait(support.DEADLINE))
         self.addCleanup(os.kill, pids[1], signal.SIGKILL)
         start = time.monotonic()

@@ -130,12 +130,13 @@ class Mistreated(Logged):
             cells = there[0].cells() if there else []
             return cells and (cells[-1].code, cells[-1].is_ended) == (code, True) and \
                 [output["content"].get("text") for output in cells[-1].outputs] == [text + "\n"]
-        wait_until(is_logged, 5, f"{text!r} in the log")
+        wait_until(is_logged, support.at_most(5), f"{text!r} in the log")
 
 
 class ByACell(Mistreated):
 
     def test_whatever_a_cell_does_to_the_log(self):
+        began = time.monotonic()
         kernel, client = self.start()
         self.run_cell(client, "import os; work = os.getcwd()")
         for name, (code, mending) in MISCHIEF.items():
@@ -152,7 +153,7 @@ class ByACell(Mistreated):
                 self.assertEqual((session.state(), session.damaged), ("alive", 0))
                 for path in glob.glob(os.path.join(self.state, "sessions", "*")):
                     self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
-        self.assertLessEqual(self.told, 1)      # within a minute
+        self.assertLessEqual(self.told, 1 + (time.monotonic() - began) // 60)       # one a minute
         self.assertNotIn("Traceback", kernel.log())
         killer = "import os; os._exit(3)"
         client.send_execute(killer)

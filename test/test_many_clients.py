@@ -41,7 +41,8 @@ class ComingAndGoing(support.KernelCase):
         self.settle()
         support.wait_until(lambda: self.kernel.descriptors() <= descriptors,
                            what="the descriptors of those who left to be closed")
-        self.assertEqual(self.kernel.threads(), threads)
+        support.wait_until(lambda: self.kernel.threads() == threads, what=lambda: f"{threads} threads again, of "
+                           f"{self.kernel.threads()}")
         grown = self.kernel.memory() - memory
         if support.IS_SOAK:
             print(f"{count} clients came and went: {grown // 1024} kB more")

@@ -256,7 +256,8 @@ class TwoClients(RelayCase):
 
     def test_an_error_aborts_the_queue_of_its_own_client_alone(self):
         path = os.path.join(self.kernel.home.path, "go")
-        first = self.client.send_execute(f"import os, time\nwhile not os.path.exists({path!r}): time.sleep(0.01)\n1 / 0")
+        first = self.client.send_execute(
+            f"import os, time\nwhile not os.path.exists({path!r}): time.sleep(0.01)\n1 / 0")
         self.client.wait_running(first)
         mine = [self.client.send_execute(str(n)) for n in range(3)]
         others = [self.other.send_execute(str(n)) for n in range(3)]
