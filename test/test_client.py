@@ -447,6 +447,17 @@ class Death(unittest.TestCase):
             self.assertTrue(died.wait(support.DEADLINE))
         self.assertEqual(ours.died.cause, "shut down by ]0;bob")     # nothing that a terminal obeys
 
+    def test_a_shutdown_is_named_also_by_who_sees_first_that_the_process_has_ended(self):
+        kernel, ours = self.start()
+        died, may_look = threading.Event(), threading.Event()
+        ours.watch(lambda event: died.set())
+        ours._channels.call(lambda: may_look.wait(support.DEADLINE))
+        kernel.client().send("control", "shutdown_request", {"restart": False})
+        kernel.wait()
+        may_look.set()
+        self.assertTrue(died.wait(support.DEADLINE))
+        self.assertEqual(ours.died.cause, "shut down by test")
+
     def test_a_stopped_kernel_is_silent_not_dead(self):
         kernel, _ = self.start()
         with connect(kernel.connection_file, heartbeat=0.05) as ours:

@@ -801,7 +801,7 @@ class Client:
                 if self._shutdown is None:
                     self._link.lose()
                 else:
-                    self._begin_dying("")
+                    self._begin_dying("its connections ended")
         elif event == "refused" and self._was_connected and self.died is None and self.process is None:
             # A local address where somebody listened and nobody does: the process is gone.
             if self._watched_pid is None:
@@ -840,16 +840,16 @@ class Client:
 
     def _begin_dying(self, cause: str) -> None:
         if self.died is None and self._dying is None:
-            if self._shutdown is not None:
-                name = str(self._shutdown.parent_header.get("username") or "a client")[:60]
-                cause = "%s by %s" % ("restarted" if self._shutdown.content.get("restart") is True else "shut down",
-                                      "".join(filter(str.isprintable, name)))       # it is shown at a terminal
             now = time.monotonic()
             self._dying = now + LAST_WORDS, now + LAST_WORDS_AT_MOST, cause
             self._link.close()
             self._order.give_up("the kernel is gone")
 
     def _declare_dead(self, cause: str) -> None:
+        if self._shutdown is not None:      # maybe it was among the last words
+            name = str(self._shutdown.parent_header.get("username") or "a client")[:60]
+            cause = "%s by %s" % ("restarted" if self._shutdown.content.get("restart") is True else "shut down",
+                                  "".join(filter(str.isprintable, name)))       # it is shown at a terminal
         self.died, self._dying = KernelDied(cause), None
         self.execution_state = ""
         self._fail_all(self.died)
