@@ -295,7 +295,7 @@ while sys.stdin.readable() and os.path.exists(path):
 
     def test_a_disk_that_is_full_leaves_one_line_and_no_file(self):
         path, info = connection.new_connection()
-        with mock.patch("json.dump", side_effect=OSError(28, "No space left on device")):
+        with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
             self.refused(5, connection.write_connection_file, path, info, says="No space left on device")
         self.assertEqual(os.listdir(connection.kernels_folder()), [os.path.basename(path) + ".lock"])
 

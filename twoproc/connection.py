@@ -262,6 +262,18 @@ def open_private(path: str, flags: int) -> int:
     return fd
 
 
+def write_private(path: str, text: str) -> None:
+    """Make or replace a file that is ours alone: a reader finds all of it, or what was there before. OSError."""
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(8).hex()}.tmp")
+    try:
+        with os.fdopen(open_private(temporary, os.O_WRONLY | os.O_CREAT), "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
 # -- making, writing, reading and finding connection files
 
 # Names to say over the phone. A number makes them unique: otter-3.
@@ -328,18 +340,12 @@ def write_connection_file(path: str, info: ConnectionInfo) -> None:
         if name not in ("extra", "client_publickey", "client_secretkey") and value is not None:
             members[name] = value.decode() if isinstance(value, bytes) else value
     path = os.path.abspath(path)
-    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(8).hex()}.tmp")
     try:
         with contextlib.suppress(FileNotFoundError):
             _refuse_unsafe(path, os.lstat(path))
-        with os.fdopen(open_private(temporary, os.O_WRONLY | os.O_CREAT), "w", encoding="utf-8") as file:
-            json.dump(members, file, indent=2)
-        os.replace(temporary, path)
+        write_private(path, json.dumps(members, indent=2))
     except OSError as error:
         raise _unsafe(f"connection file {path}: {error.strerror}; not written") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
 
 
 def read_connection_file(path: str, *, as_kernel: bool = False) -> ConnectionInfo:
