@@ -20,7 +20,7 @@ import unittest
 from unittest import mock
 from zlib import crc32
 
-from twoproc import connection, crashlog, sessionlog
+from twoproc import connection, crashlog, death, sessionlog
 from twoproc.crashlog import LockedError, LoggedSession, StateError
 from twoproc.sessionlog import SessionLog
 
@@ -1404,6 +1404,12 @@ class Folder(Case):
         log = self.log("/run/living.json")
         self.assertFalse(crashlog.note_exit("/run/living.json", os.getpid(), 0))
         self.assertEqual(self.read(log).outline()[-1]["k"], "open")
+
+    def test_who_looks_before_the_exit_is_noted_hears_of_it_all_the_same(self):
+        session, pid = self.crashed()
+        with mock.patch("time.sleep", side_effect=lambda seconds: crashlog.note_exit(CONN, pid, -9)):
+            dead = death.obituary(CONN, None)
+        self.assertIn("SIGKILL", dead.death.text)
 
     def test_the_exit_is_noted_without_reading_the_backlog(self):
         session, pid = self.crashed(code="for seq in range(1, 50):\n    log.published('stream', seq, b'{\"name\":"

@@ -252,6 +252,16 @@ class ASecondTerminal(DeathCase):
         alice.wait("bob | Out[1]: 5")
 
 
+    def test_it_is_told_the_signal_that_only_the_launcher_can_know(self):
+        alice = self.open("--name", "mortal")
+        alice.run("x = 1", 1)
+        bob = self.start("--quiet", "--existing", "mortal", user="bob")
+        bob.prompt(2)
+        os.kill(vt.kernel_pids(self.home)[0], signal.SIGKILL)
+        for terminal in (alice, bob):
+            terminal.wait("after In [1]: SIGKILL: killed from outside (kill -9 or out of memory)")
+
+
 class NextStart(DeathCase):
 
     def test_a_session_that_died_is_said_once_and_nothing_is_asked(self):

@@ -2,8 +2,8 @@
 """What a frontend knows of a session that ended badly: of the one it was working in, and of those before.
 
 The log of the session says what happened; this reads it for terminal.py, which asks the user what is to be done,
-and for frontend.py, which has one line to say.  Nothing here runs a cell, and nothing waits.  recovery.py is
-loaded when there was a death, or when the user asks for the log: not at every start.
+and for frontend.py, which has one line to say.  Nothing here runs a cell.  recovery.py is loaded when there was
+a death, or when the user asks for the log: not at every start.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from . import crashlog
-from .connection import ConnectionFileError, open_private
+from .connection import ConnectionFileError, open_private, write_private
 
 if TYPE_CHECKING:
     from .client import Client
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 SHOWN_CHARS = 1 << 14       # of what one cell printed
 # Above this a log is not read only to say in passing how many cells are in it.
 COUNTED_BYTES = 4 << 20
+# How long we wait for what only the parent of a dead process can know. It knows at the same time as we do, that the
+# process has ended, and then has to look for the session, as we had.
+EXIT_SECONDS = 0.3
 
 
 def obituary(connection_file: str | None, client: Client | None) -> Obituary | None:
@@ -39,8 +42,19 @@ def obituary(connection_file: str | None, client: Client | None) -> Obituary | N
             if session.opened.get("conn") == connection_file and pid in (None, session.opened.get("pid")):
                 state = session.state()
                 # A process known to have ended may have left its lock to a child for a moment.
-                return Obituary(session) if state == "died" or pid is not None and state != "closed" else None
+                if state == "died" or pid is not None and state != "closed":
+                    _wait_exit(session)
+                    return Obituary(session)
+                return None
     return None
+
+
+def _wait_exit(session: LoggedSession) -> None:
+    until = time.monotonic() + EXIT_SECONDS
+    while time.monotonic() < until:
+        if session.fault_text() or any(record["k"] == "exit" for record in session.outline()):
+            return
+        time.sleep(0.01)
 
 
 class Obituary:
@@ -122,7 +136,7 @@ def save(name: str, path: str = "") -> str:
     path = os.path.abspath(os.path.expanduser(path or "session-%s.ipynb" % name))
     try:
         recovery.export(crashlog.find(name), path)
-    except (crashlog.StateError, recovery.RecoveryError) as error:
+    except crashlog.StateError as error:
         raise ValueError(str(error)) from error
     return path
 
@@ -144,8 +158,10 @@ def news() -> str:
             _tell([session.id for session in there if session.id in known] + [session.id for session in new])
         new = [session for session in new if session.id not in followed and not _is_recovered(session)]
         if new:
-            return "%d session%s did not close properly (%s%s): %s" % (
-                len(new), "s"[len(new) < 2:], "the last " if len(new) > 1 else "", _in_short(new[0]), command("--list"))
+            from . import recovery
+            return "%s did not close properly (%s%s): %s" % (
+                recovery.count(len(new), "session"), "the last " if len(new) > 1 else "", _in_short(new[0]),
+                command("--list"))
     return ""
 
 
@@ -158,11 +174,8 @@ def _told() -> set[str]:
 
 
 def _tell(names: list[str]) -> None:
-    path = os.path.join(crashlog.state_folder(), "told")
-    temporary = "%s.%d.tmp" % (path, os.getpid())
-    with os.fdopen(open_private(temporary, os.O_WRONLY | os.O_CREAT), "w") as file:
-        file.write("".join(name + "\n" for name in names))
-    os.replace(temporary, path)
+    text = "".join(name + "\n" for name in names)
+    write_private(os.path.join(crashlog.state_folder(), "told"), text)
 
 
 def _outline(session: LoggedSession) -> list[dict]:
@@ -175,9 +188,8 @@ def _is_recovered(session: LoggedSession) -> bool:
 
 def _in_short(session: LoggedSession) -> str:
     """When it was last heard of, where, and how much it is."""
-    # Whoever made that folder chose its name, and the terminal is to obey none.
-    path, home = "".join(filter(str.isprintable, str(session.opened.get("cwd", "?")))), os.path.expanduser("~")
+    from . import recovery
     cells = sum(record["k"] == "begin" for record in _outline(session))
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(session.path(".log")).st_mtime))
-    return ", ".join([when, "~" + path[len(home):] if (path + os.sep).startswith(home + os.sep) else path,
-                      *(["%d cell%s" % (cells, "s"[cells < 2:])] if cells else [])])
+    folder = recovery.one_line(recovery.short_path(session.opened.get("cwd", "?")))
+    return ", ".join([when, folder] + [recovery.count(cells, "cell")] * bool(cells))

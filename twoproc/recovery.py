@@ -104,7 +104,7 @@ def cause(session: LoggedSession, status: int | None = None) -> Death:
     else:
         text = "%s ended the process itself, status %d%s" % (
             "the cell" if cell else "something in it", status, shells and ", which is how a shell tells of " + shells)
-    return Death(_line(text), line, cell, place)
+    return Death(one_line(text), line, cell, place)
 
 
 def _signal_name(number: int) -> str:
@@ -155,7 +155,7 @@ def headline(session: LoggedSession) -> str:
         first = "The kernel %s  %s" % (cause(session), when)
     if state == "unknown":
         first = "It ran on host %s, and may still.  If it does not: %s" % (session.opened.get("host"), first)
-    return _line(first)
+    return one_line(first)
 
 
 def describe(session: LoggedSession) -> list[str]:
@@ -164,8 +164,8 @@ def describe(session: LoggedSession) -> list[str]:
     kept = sum(cell.code is not None for cell in cells)
     for number, what in ((session.cut, "piece"), (len(cells) - kept, "private cell"),
                          (session.damaged, "damaged record"), (session.lost, "lost record")):
-        missing += [_count(number, what) + " of output" * (what == "piece")] if number else []
-    saved = _count(kept, "input") + (" and what came out" if kept else "")
+        missing += [count(number, what) + " of output" * (what == "piece")] if number else []
+    saved = count(kept, "input") + (" and what came out" if kept else "")
     return [headline(session), "  saved: " + saved, "  not saved: " + ", ".join(missing)]
 
 
@@ -183,14 +183,14 @@ def list_lines(sessions: Iterable[LoggedSession]) -> list[str]:
     for session in sessions:
         state, opened, cells = session.state(), session.opened, session.inputs()
         words = {"alive": "running (pid %s)" % opened.get("pid"), "unknown": "unknown (host %s)" % opened.get("host")}
-        parts = [session.id, words.get(state, state), _last_time(session), _home(opened.get("cwd")),
-                 _count(len(cells), "cell")]
+        parts = [session.id, words.get(state, state), _last_time(session), short_path(opened.get("cwd")),
+                 count(len(cells), "cell")]
         if cells:
             first = _input_lines(cells[-1])[0]
             parts.append(first if len(first) <= 50 else first[:47] + "...")
         if state == "died":
             parts.append(cause(session).text)
-        lines.append(_line("  ".join(filter(None, parts))))
+        lines.append(one_line("  ".join(filter(None, parts))))
     return lines
 
 
@@ -247,7 +247,7 @@ def show(session: LoggedSession, most: int | None = None) -> list[str]:
         for output in outputs:
             lines += _output_text(output, most).split("\n")
         if cell.cut:
-            lines.append("(%s of its output not kept)" % _count(cell.cut, "piece"))
+            lines.append("(%s of its output not kept)" % count(cell.cut, "piece"))
     return lines
 
 
@@ -255,7 +255,7 @@ def _input_lines(cell: LoggedCell, mark: int | None = None) -> list[str]:
     head = cell_name(cell) + ": "
     if cell.code is None:
         return ["%s(%s)" % (head, private_words(cell))]
-    return [(head if at == 1 else "...: ".rjust(len(head))) + _line(text) + "    <---" * (at == mark)
+    return [(head if at == 1 else "...: ".rjust(len(head))) + one_line(text) + "    <---" * (at == mark)
             for at, text in enumerate(cell.code.split("\n"), 1)]
 
 
@@ -268,7 +268,7 @@ def _output_text(output: dict, most: int | None = None) -> str:
         return _clean(text).rstrip("\n")
     if output["output_type"] == "error":
         return _clean(screen.traceback_of(output)).rstrip("\n")
-    text = _clean(screen.text_of(output["data"])).rstrip("\n") or "(%s)" % ", ".join(map(_line, output["data"]))
+    text = _clean(screen.text_of(output["data"])).rstrip("\n") or "(%s)" % ", ".join(map(one_line, output["data"]))
     if output["output_type"] == "execute_result":
         return "Out[%s]: %s%s" % (output["execution_count"], "\n" if "\n" in text else "", text)
     return text
@@ -280,16 +280,16 @@ def _clean(text: str) -> str:
     return "\n".join(map(screen.last_state, text.split("\n")))
 
 
-def _line(text: Any) -> str:
+def one_line(text: Any) -> str:
     """One line of it, with nothing a terminal obeys."""
     return " ".join(_clean(str(text).replace("\r", " ")).split("\n"))
 
 
-def _count(number: int, word: str) -> str:
+def count(number: int, word: str) -> str:
     return "%d %s%s" % (number, word, "" if number == 1 else "s")
 
 
-def _home(path: Any) -> str:
+def short_path(path: Any) -> str:
     home, path = os.path.expanduser("~"), str(path or "")
     return "~" + path[len(home):] if home != "/" and (path + "/").startswith(home + "/") else path
 
@@ -301,18 +301,18 @@ def export(session: LoggedSession, path: str) -> None:
     cells = session.cells()
     killer, death = _killer(session, cells), str(cause(session))
     if path.lower().endswith(".ipynb"):
-        text = notebook(cells, killer, death, session.id, _line(session.opened.get("python", "")))
+        text = notebook(cells, killer, death, session.id, one_line(session.opened.get("python", "")))
     elif path.lower().endswith(".py"):
         text = script(cells, killer, death, [session.id, *describe(session)])
     else:
-        raise RecoveryError("cannot export to %s: the name must end in .ipynb or .py" % _line(path))
+        raise RecoveryError("cannot export to %s: the name must end in .ipynb or .py" % one_line(path))
     try:
         with open(path, "x", encoding="utf-8", errors="replace", newline="") as file:
             file.write(text)
     except FileExistsError:
-        raise RecoveryError("%s exists already; give another name" % _line(path))
+        raise RecoveryError("%s exists already; give another name" % one_line(path))
     except OSError as error:
-        raise RecoveryError("cannot write %s: %s" % (_line(path), error.strerror or error), 1)
+        raise RecoveryError("cannot write %s: %s" % (one_line(path), error.strerror or error), 1)
 
 
 # -- run once more ---------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def replay_cells(session: LoggedSession, selection: str = "") -> tuple[list[Logg
         found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         wanted += [range(int(found[1]), int(found[2] or found[1]) + 1)] if found else [range(0)]
         if not any(cell.ec in wanted[-1] for cell in cells):
-            raise RecoveryError("replay %s: expected numbers of its cells, like 3-6,9" % _line(part))
+            raise RecoveryError("replay %s: expected numbers of its cells, like 3-6,9" % one_line(part))
     chosen, left_out = [], []
     for cell in cells:
         if wanted and not any(cell.ec in numbers for numbers in wanted):
@@ -358,8 +358,8 @@ def _agreed(session: LoggedSession, selection: str, ask: Callable[[str], str],
     if died_again(session):
         say("a kernel died within %d s of recovering this" % AGAIN_SECONDS)
     if session.state() == "unknown":
-        say("it may still be running, on host %s" % _line(session.opened.get("host")))
-    if cells and _is_yes(ask, "Run %s again? [y/N] " % _count(len(cells), "cell")):
+        say("it may still be running, on host %s" % one_line(session.opened.get("host")))
+    if cells and _is_yes(ask, "Run %s again? [y/N] " % count(len(cells), "cell")):
         return cells
     say("nothing was run")
     return []
@@ -372,7 +372,7 @@ def _run_all(cells: list[LoggedCell], run: Callable[[LoggedCell], bool], say: Ca
             rest = ", ".join(map(cell_name, cells[at:]))
             say("stopped at %s%s" % (cell_name(cell), rest and "; not run: " + rest))
             return False
-    say("%s run again" % _count(len(cells), "cell"))
+    say("%s run again" % count(len(cells), "cell"))
     return True
 
 
@@ -444,7 +444,7 @@ def _show(message: Any) -> None:
 
 
 def _answer(prompt: str, password: bool) -> str:
-    return (getpass.getpass if password else input)(_line(prompt))
+    return (getpass.getpass if password else input)(one_line(prompt))
 
 
 _say = functools.partial(print, flush=True)
@@ -474,7 +474,7 @@ def recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callabl
     try:
         _recover(line, log, run, say, ask or input)
     except (StateError, OSError, ValueError) as error:      # the last one: quotes without an end
-        say("%%recover: %s" % _line(error))
+        say("%%recover: %s" % one_line(error))
 
 
 def _recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callable[[str], None],
@@ -484,14 +484,14 @@ def _recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callab
     verb, rest = words[0] if words else "", [word for word in words[1:] if word not in names]
     if (verb not in ("", "help", "list", "status", "show", "replay", "defs", "export", "drop") or len(names) > 1
             or len(rest) != (verb == "export") and verb != "replay"):
-        raise RecoveryError("there is no %r; %%recover help lists what there is" % _line(line))
+        raise RecoveryError("there is no %r; %%recover help lists what there is" % one_line(line))
     if verb == "help":
         return say(USAGE)
     if verb == "list":
         return say("\n".join(list_lines(crashlog.sessions())) or "there are no sessions")
     if verb == "status":
         path = "" if log is None or not log.is_on else os.path.join(log.folder, log.id + ".log")
-        return say("this session is " + ("logged: " + _line(path) if path else "not logged"))
+        return say("this session is " + ("logged: " + one_line(path) if path else "not logged"))
     session = crashlog.find(names[0]) if names else _latest(log)
     if session is None:
         return say("no earlier session is left: each was closed properly")
@@ -517,8 +517,8 @@ def _recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callab
     elif verb == "export":
         path = os.path.abspath(os.path.expanduser(rest[0]))
         export(session, path)
-        say("%s written" % _line(path))
-    elif _is_yes(ask, "Delete session %s, %s? [y/N] " % (session.id, _count(len(session.inputs()), "cell"))):
+        say("%s written" % one_line(path))
+    elif _is_yes(ask, "Delete session %s, %s? [y/N] " % (session.id, count(len(session.inputs()), "cell"))):
         session.drop()
         say("deleted")
     else:
