@@ -29,16 +29,23 @@ class Examples(unittest.TestCase):
         self.assertEqual((status, process.log()[len(output):]), (0, ""), process.log())
         return output
 
+    def assert_prints(self, name, *expected):
+        """Three times if need be: it has half a second, or two, for what takes this machine longer when it is busy."""
+        for _ in range(3):
+            lines = self.run_example(name).splitlines()
+            if lines == [*expected]:
+                return
+        self.assertEqual(lines, [*expected])
+
     def test_run_a_cell(self):
         self.assertEqual(self.run_example("run_a_cell.py").splitlines(), [
             "hello from another process", "-- ok", "Out[2]: 42", "-- ok", "x is still 42", "-- ok",
             "ZeroDivisionError: division by zero", "-- error"])
 
     def test_many_threads(self):
-        self.assertEqual(self.run_example("many_threads.py").splitlines(), [
-            "squares: " + " ".join(str(number ** 2) for number in range(20)),
-            "while that sleeps: getcwd getcwdb | the cell is done: False",
-            "then: ok"])
+        self.assert_prints(
+            "many_threads.py", "squares: " + " ".join(str(number ** 2) for number in range(20)),
+            "while that sleeps: getcwd getcwdb | the cell is done: False", "then: ok")
 
     def test_watch_a_kernel(self):
         self.assertEqual(self.run_example("watch_a_kernel.py").splitlines(), [
@@ -46,9 +53,10 @@ class Examples(unittest.TestCase):
             "ada's cell ends: KeyboardInterrupt", "ada's reply: KeyboardInterrupt"])
 
     def test_interrupt_and_timeout(self):
-        self.assertEqual(self.run_example("interrupt_and_timeout.py").splitlines(), [
-            "timeout: no reply to execute_request within 0.5 s", "the kernel is alive: True and busy",
-            "the cell ended with KeyboardInterrupt", "x is still 42", "kernel died: exit status 3"])
+        self.assert_prints(
+            "interrupt_and_timeout.py", "timeout: no reply to execute_request within 0.5 s",
+            "the kernel is alive: True and busy", "the cell ended with KeyboardInterrupt", "x is still 42",
+            "kernel died: exit status 3")
 
     def test_answer_input(self):
         self.assertEqual(self.run_example("answer_input.py").splitlines(), [
@@ -95,7 +103,7 @@ class TheFolder(unittest.TestCase):
             tests = file.read()
         for name in files():
             with self.subTest(name=name):
-                self.assertIn(f'run_example("{name}"', tests)
+                self.assertRegex(tests, rf'(run_example|assert_prints)\(\s*"{name}"')
 
     def test_every_example_has_its_line_in_the_index(self):
         index = text_of("README.md")

@@ -77,10 +77,10 @@ class Users(TwoHosts):
     def test_each_may_what_was_given(self):
         alice, bob = self.connect("alice"), self.connect("bob")
         seen = []
-        bob.listen(lambda message: seen.append(message.content.get("text")))
+        bob.listen(lambda message: seen.append(message.content.get("text", "")))
         reply, text = self.run_cell(alice, "print('hello', input('name? '))", on_input=lambda prompt, password: "Ada")
         self.assertEqual((reply["status"], text), ("ok", "hello Ada\n"))
-        support.wait_until(lambda: "hello Ada\n" in seen, what="alice's output at bob's")
+        support.wait_until(lambda: "hello Ada\n" in "".join(seen), what="alice's output at bob's")
         reply, _ = self.run_cell(bob, "print('mine')")
         self.assertEqual((reply["status"], reply["ename"]), ("error", "NotAllowed"))
 
