@@ -26,6 +26,12 @@ def is_refused(sock, frames=(b"twoproc_hello",)):
     return False
 
 
+def wait_noted(lab, reason, begin=0):
+    """Until it stands in the access log, from that line on."""
+    support.wait_until(lambda: any(reason in note.get("reason", "") for note in lab.access_log()[begin:]),
+                       what=lambda: f"{reason} in {lab.access_log()[begin:]}")
+
+
 class Refusals(unittest.TestCase):
     """`--listen` where strangers could come in: exit 5, and the commands to run; nothing is left behind."""
 
@@ -197,9 +203,9 @@ class Guests(unittest.TestCase):
         self.assertTrue(is_refused(self.lab.socket(zmq.DEALER, "control", None)))
         wrong = zmq.curve_keypair()[0]
         self.assertTrue(is_refused(self.lab.socket(zmq.DEALER, "control", self.lab.pair("alice"), wrong)))
+        wait_noted(self.lab, "no encrypted handshake", before)
         notes = self.lab.access_log()[before:]
         self.assertEqual({note["event"] for note in notes} - {"refuse", "limit", "listen"}, set(), notes)
-        self.assertTrue(any("no encrypted handshake" in note.get("reason", "") for note in notes), notes)
 
     def test_garbage_and_half_handshakes_on_every_port_leave_it_answering(self):
         alice = self.lab.client("alice", self)
@@ -286,7 +292,9 @@ class Changes(unittest.TestCase):
     def test_a_file_that_becomes_unsafe_lets_nobody_in_and_says_so_once(self):
         lab = Lab(self, {"alice": "run"})
         os.chmod(lab.authorized_keys, 0o666)
-        support.wait_until(lambda: is_refused(lab.socket(zmq.DEALER, "control", lab.pair("alice"))), what="refused")
+        # No answer in time may also be a machine that is busy.
+        support.wait_until(lambda: is_refused(lab.socket(zmq.DEALER, "control", lab.pair("alice")))
+                           and "others can write it" in lab.kernel.log(), what="refused, and said")
         self.assertEqual(lab.kernel.log().count("others can write it"), 1, lab.kernel.log())
 
 
@@ -294,25 +302,33 @@ class Floods(unittest.TestCase):
     def test_a_key_that_asks_too_often_is_told_so_and_others_are_served(self):
         lab = Lab(self, {"alice": "run", "bob": "run"}, "--set", "limits.requests_per_second=20")
         alice, bob = lab.client("alice"), lab.client("bob")
-        sent = [alice.send("shell", "is_complete_request", {"code": "1"}) for _ in range(500)]
-        started = time.monotonic()
-        self.assertEqual(bob.result(bob.send("shell", "kernel_info_request")).status, "ok")
-        self.assertLess(time.monotonic() - started, support.at_most(0.5))
-        replies = [alice.take("shell", lambda message, wanted=msg_id: message.parent_id == wanted) for msg_id in sent]
-        limited = [reply for reply in replies if reply.content.get("ename") == "RateLimited"]
-        self.assertGreater(len(limited), 400)
-        self.assertLess(len(limited), 500)
+        waits = []      # the best of three: the machine may be paused once
+        while not waits or min(waits) >= support.at_most(0.5) and len(waits) < 3:
+            began = time.monotonic()
+            sent = [alice.send("shell", "is_complete_request", {"code": "1"}) for _ in range(500)]
+            started = time.monotonic()
+            self.assertEqual(bob.result(bob.send("shell", "kernel_info_request")).status, "ok")
+            waits.append(time.monotonic() - started)
+            replies = [alice.reply(msg_id) for msg_id in sent]
+            served = [reply for reply in replies if reply.content.get("ename") != "RateLimited"]
+            # 40 there are at the beginning, 20 come each second.
+            self.assertLess(len(served), 40 + 20 * (time.monotonic() - began) + 1)
+            self.assertGreater(len(served), 0)
+        self.assertLess(min(waits), support.at_most(0.5))
 
     def test_messages_of_unknown_types_are_limited_like_all_others(self):
         lab = Lab(self, {"alice": "run", "bob": "view"}, "--set", "limits.requests_per_second=5")
         alice, bob = lab.client("alice"), lab.client("bob")
         alice.execute("1")
+        started = time.monotonic()
         for number in range(100):
             bob.send("shell", ("nonsense", "status", "execute_reply")[number % 3])
         bob.request("control", "shutdown_request")      # counted apart, and heard after those
         alice.request("control", "kernel_info_request")
         alice.collect(0.1)
-        self.assertLess(len([message for message in alice.inbox["iopub"] if message.msg_type == "status"]), 60)
+        # Busy and idle of each that is not too many: 10 there are at the beginning, 5 come each second.
+        self.assertLess(len([message for message in alice.inbox["iopub"] if message.msg_type == "status"]),
+                        60 + 10 * (time.monotonic() - started))
 
     def test_pages_of_the_log_that_nobody_reads_cost_little_memory(self):
         lab = Lab(self, {"alice": "run", "bob": "view"})
@@ -357,7 +373,7 @@ class Floods(unittest.TestCase):
         for peer in peers:
             self.addCleanup(peer.close)
         self.assertEqual(first.execute("1+1").value, "2")
-        self.assertTrue(any("more than 3 connections" in note.get("reason", "") for note in lab.access_log()))
+        wait_noted(lab, "more than 3 connections")
 
     def test_long_answers_count_as_many_and_who_reads_none_has_few_of_them(self):
         lab = Lab(self, {"alice": "run", "bob": "view"})
