@@ -976,7 +976,7 @@ class CommandLine(unittest.TestCase):
         wire.mend()
         self.assertEqual(process.wait(60), 0, process.log())
         self.assertEqual(process.output().split(), [str(i) for i in range(1, 201)])
-        self.assertRegex(process.log(), "is lost; trying again\n.* is back\n")
+        self.assertRegex(process.log(), "is lost; trying again\n.* is there again\n")
 
 
 if __name__ == "__main__":

@@ -224,7 +224,6 @@ class Plain:
         try:
             with Client(self.start.wait()) as self.client:
                 self.start.attend(self.client, self._say)
-                self.client.watch(self._tell)
                 info = self.client.wait_ready().content
                 self.is_python = (info.get("language_info") or {}).get("name", "python") == "python"
                 return self._run(source, is_batch)
@@ -241,14 +240,6 @@ class Plain:
         """A line about the connection, from any thread: not of the kernel's output."""
         with contextlib.suppress(OSError):
             print(f"twoproc: {line}", file=sys.stderr)
-
-    def _tell(self, state: str) -> None:
-        """Of a cut link; ssh.py says its own line."""
-        if self.client.info.extra.get("twoproc_remote") and state in ("lost", "back"):
-            how = "lost; trying again" if state == "lost" else state
-            self._say(f"the connection to {self.client.address} is {how}")
-        elif state == "refused":
-            self._say(f"the kernel at {self.client.address} does not let your key in any more")
 
     def _terminate(self, number: int, frame: Any) -> None:
         """SIGTERM or SIGHUP is born in main, so that every `finally` on the way out is done."""

@@ -47,7 +47,6 @@ class Prompt:
     def __init__(self, settings: Any, colors: bool, client: Callable[[], Client | None], tell: Callable[..., None]):
         self._settings, self._client, self._tell = settings, client, tell
         self.count = 1
-        self.rights = "admin"       # one of access.RIGHTS: what our key may do there; below "run" the prompt says it
         self.language = "python"
         self.lexer: Lexer = SimpleLexer()
         self.note = ""              # a word in the toolbar, gone with the next Enter
@@ -61,6 +60,12 @@ class Prompt:
             lexer=DynamicLexer(lambda: self.lexer), style=style_of(settings["frontend.colors"]) if colors else None,
             include_default_pygments_style=False, key_bindings=self._keys(), enable_suspend=True,
             color_depth=ColorDepth.DEPTH_4_BIT if colors else ColorDepth.DEPTH_1_BIT)
+
+    @property
+    def rights(self) -> str:
+        """One of access.RIGHTS: what our key may do there; below "run" the prompt says it."""
+        client = self._client()
+        return "admin" if client is None else client.rights
 
     def _note(self, text: str) -> None:
         """Run by the thread that completes, as prompt_toolkit allows."""

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from . import ssh
     from .client import Client
 
+# What Client.watch tells of the connection, to a person.
+LINK = {"lost": "the connection to kernel %s is lost; trying again",
+        "back": "the connection to kernel %s is there again",
+        "refused": "kernel %s does not let your key in any more; trying again, should that change"}
+
 
 class Start:
     """The kernel: being started by a thread from the first moment on, or found; raises what keeps it from being found.
@@ -93,6 +98,8 @@ class Start:
         """What is known of the kernel beside its connection, goes to this client; of the connection, to say(line)."""
         if self._tunnel is not None:
             self._tunnel.attend(client, say)
+        else:
+            client.watch(lambda state: say(LINK[state] % self.name) if state in LINK else None)
 
     def close(self) -> None:
         if self._tunnel is not None:
@@ -140,11 +147,10 @@ def print_connection(name: str, starts: bool, new_name: str | None, watches: boo
                                    arguments=words).connection_file
         except launcher.LaunchError as error:
             raise connection.ConnectionFileError(str(error), error.exit_code) from error
-    with os.fdopen(connection.open_private(path, os.O_RDONLY), "rb") as file:
-        members = json.loads(file.read(connection.FILE_LIMIT))
-    print(json.dumps({**members, "twoproc_file": path}), flush=True)
+    info = connection.read_connection_file(path)
+    print(json.dumps({**connection.members_of(info), "twoproc_file": path}), flush=True)
     if watches:
-        if "twoproc_pid" in members:    # else it is somebody else's, and holds no claim that could be watched
+        if "twoproc_pid" in info.extra:    # else it is somebody else's, and holds no claim that could be watched
             threading.Thread(target=_tell_ends, args=(path,), name="twoproc-watch", daemon=True).start()
         sys.stdin.buffer.read()         # ssh ends, and whoever started it
     return 0

@@ -198,7 +198,6 @@ class Terminal:
             self.cell.lost = "restarted"
         self.client, self.connect_error, self.died, self.busy = None, None, None, None
         self.prompt.count, self.is_settled, self._is_death_told = 1, False, False
-        self.prompt.rights = "admin"
         self.others.clear()
         threading.Thread(target=self._connect, args=(self.start,), name="twoproc-connect", daemon=True).start()
 
@@ -210,7 +209,7 @@ class Terminal:
             start.attend(client, functools.partial(self.inbox.put, "say"))
             client.catch_up(lambda message, is_past: self.inbox.put("iopub", client, message, is_past),
                             self.settings["frontend.catch_up"] if start.process is None else 0)
-            client.watch(lambda state: self.inbox.put(state, client))
+            client.watch(lambda state: self.inbox.put(state, client) if state in ("died", "alive") else None)
             info = client.wait_ready().content
             language = info.get("language_info") or {}
             entries: list = []
@@ -332,7 +331,6 @@ class Terminal:
             return
         self.client, self.is_settled = client, True
         self.prompt.language, self.prompt.count = language, max(self.prompt.count, count)
-        self.prompt.rights = client.rights
         early, self._early = [entry for entry in self._early if entry[0] is client], []
         self._show_past([message for _, message, is_past in early if is_past])
         self._handle([("iopub", *entry) for entry in early if not entry[2]])
@@ -358,21 +356,6 @@ class Terminal:
             self._end_question()
         elif message.msg_type == "input_request":
             self.actions.append(functools.partial(self._answer, message))
-
-    def handle_lost(self, client: Client) -> None:
-        """The connection was cut, and is being made again; where ssh carries it, that says more: handle_say."""
-        if client is self.client and "twoproc_forwarded" not in client.info.extra:
-            self.painter.say("the connection to kernel %s is lost; trying again" % self.name)
-
-    def handle_refused(self, client: Client) -> None:
-        if client is self.client:
-            self.painter.say("kernel %s does not let your key in any more; trying again, should that change"
-                             % self.name)
-
-    def handle_back(self, client: Client) -> None:
-        self.prompt.rights = client.rights
-        if client is self.client and "twoproc_forwarded" not in client.info.extra:
-            self.painter.say("the connection to kernel %s is there again" % self.name)
 
     def handle_say(self, line: str) -> None:
         self.painter.say(line)
@@ -664,7 +647,7 @@ class Terminal:
         return self.cell is not None and self.cell.count is None and self.busy is not None
 
     def _choose_while_queued(self) -> None:
-        if not self._is_queued():
+        if self.busy is None or not self._is_queued():
             return
         choice = self.choose("%s In [%s] runs before yours. [w]ait [d]etach [i]nterrupt it: " % self.busy[1:3])
         if choice == "d":
@@ -918,12 +901,11 @@ class Terminal:
     # -- leaving
 
     def _ask_kernel(self) -> int:
-        """How many are attached to a kernel of ours, 0 where it does not say; and what our key may do by now."""
+        """How many are attached to a kernel of ours, 0 where it does not say; the client learns its rights by it."""
         clients: Any = 0
         if self.client is not None:
             with contextlib.suppress(KernelDied, TimeoutError, OSError, ValueError):
                 clients = self.client.status(timeout=0.5).get("clients")
-            self.prompt.rights = self.client.rights
         return clients if type(clients) is int else 0
 
     def _others_now(self) -> list[str]:
