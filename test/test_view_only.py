@@ -121,8 +121,8 @@ class AtTheTerminal(RightsCase):
     def test_who_may_type_completes_and_does_not_run(self):
         terminal = self.open("typist")
         self.assertEqual(terminal.screen.lines()[-1], "[input]:")
-        terminal.send("from string import asc\t")
-        terminal.wait(lambda lines: any(line.split()[:1] == ["ascii_letters"] for line in lines))
+        terminal.send("from string import asc")
+        terminal.complete(lambda lines: any(line.split()[:1] == ["ascii_letters"] for line in lines))
         terminal.send("\x1b")
         terminal.wait_gone("ascii_letters")
         terminal.send(CTRL_C + "typed = 3\r")

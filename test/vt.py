@@ -212,6 +212,16 @@ class Terminal:
             if not self.read(min(left, 0.5)) and not is_alive:
                 raise support.DeadlineError(f"ended before this was on the screen: {wanted}\n" + self.show())
 
+    def complete(self, wanted):
+        """Tab until that is there: a kernel has a second for its matches, and the first ones may take longer."""
+        for is_last in (False, False, True):
+            self.send("\t")
+            try:
+                return self.wait(wanted, support.DEADLINE if is_last else 5)
+            except support.DeadlineError:
+                if is_last:
+                    raise
+
     def wait_gone(self, text, deadline=support.DEADLINE):
         return self.wait(lambda lines: text not in "\n".join(lines), deadline)
 
