@@ -234,7 +234,7 @@ get_ipython().events.register('post_execute', wait)""")
 
     def test_it_answers_a_question_of_ipython_with_no(self):
         msg_id = self.client.send_execute("kept = 1\n%reset", allow_stdin=True)
-        self.client.wait_input()
+        self.client.take("stdin", what="input_request")
         self.client.request("control", "interrupt_request")
         self.assertEqual(self.client.result(msg_id).text(), "\r\nNothing done.\n")
         self.assertEqual(self.client.execute("kept").value, "1")
@@ -361,6 +361,50 @@ class WhenTheTimeToEndIsOver(unittest.TestCase):
         with self.assertRaisesRegex(AssertionError, "left without"):
             self.kernel.on_tick()
         self.kernel.tidy.assert_called_once()
+
+    def test_who_has_finished_has_as_long_as_it_takes_to_send_what_waits(self):
+        """A reader that does not read keeps twoproc-io until its limit, a moment after that of the exit functions."""
+        def stop():
+            with mock.patch("twoproc.kernel.time.monotonic", return_value=time.monotonic() + 2.5):
+                self.assertGreater(self.kernel.on_tick(), 0)
+        self.kernel.channels, self.kernel.interpreter = mock.Mock(stop=mock.Mock(side_effect=stop)), None
+        with mock.patch("twoproc.kernel.own_thread"), mock.patch("twoproc.kernel.atexit._run_exitfuncs"), \
+                self.assertRaisesRegex(AssertionError, "left without"):
+            self.kernel.finish()
+        self.module.logger.warning.assert_not_called()
+
+    def test_a_restart_that_comes_while_it_ends_changes_nothing(self):
+        self.kernel.channels, self.kernel.interpreter = mock.Mock(), None
+        self.kernel.shutdown_request("control", mock.Mock(content={"restart": True}))
+        self.kernel.log = mock.Mock()
+        self.kernel.is_abandoned = False
+        self.kernel._put_away()
+        self.kernel.log.close.assert_called_once_with("SIGHUP", keep=False)
+
+
+class WhenTheInterpreterIsThere(unittest.TestCase):
+    def test_a_completion_that_was_sent_long_before_is_not_yet_overdue(self):
+        """twoproc-io may look at any moment, and the clock starts now."""
+        module = importlib.import_module("twoproc.kernel")
+        self.now, looks = 0.0, []
+        kernel = mock.Mock(running=None)
+        helpers = module.Helpers(kernel, 1.0)
+        message = mock.Mock(msg_type="is_complete_request")
+
+        def monotonic():
+            if not looks:
+                looks.append(self.now)
+                helpers.expire(self.now)
+            return self.now
+        with mock.patch("twoproc.kernel.time.monotonic", lambda: self.now):
+            helpers.submit(message)
+        self.now = 60.0
+        with mock.patch("twoproc.kernel.time.monotonic", monotonic), mock.patch("twoproc.kernel.own_thread"):
+            helpers.start()
+        self.assertEqual(looks, [60.0])
+        kernel.reply.assert_not_called()
+        self.assertGreater(helpers.expire(self.now), 0)
+        kernel.channels.call.assert_called()        # else twoproc-io sleeps on, though a helper hang
 
 
 class WhenAnAnswerIsLate(unittest.TestCase):

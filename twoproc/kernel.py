@@ -85,7 +85,6 @@ class Kernel:
         self.running: Message | None = None
         self.ending: str | None = None
         self.exit_status = 0
-        self.is_restart = False
         self.is_abandoned = False
         self._finishing = threading.Lock()      # taken by the thread that runs `finish`
         self.tidy: Callable[[], None] = lambda: None    # what is left to do when the sockets are closed
@@ -304,8 +303,7 @@ class Kernel:
         content = {"status": "ok", "restart": message.content["restart"]}
         self.channels.reply_now(channel, message, "shutdown_reply", content)
         self.channels.send("iopub", "shutdown_reply", content, message.header_bytes)
-        self.is_restart = message.content["restart"]
-        self.end("restart" if self.is_restart else "shutdown")
+        self.end("restart" if message.content["restart"] else "shutdown")
 
     def input_reply(self, message: Message) -> None:
         """Accepted from the client that was asked, for the question that is open.
@@ -394,8 +392,9 @@ class Kernel:
 
     def abandon(self, why: str) -> None:
         """End because nobody is left who would end us: what the session was is kept for whoever looks for it."""
-        self.is_abandoned = self.is_abandoned or self.ending is None
-        self.end(why)
+        if self.ending is None:
+            self.is_abandoned = True
+            self.end(why)
 
     def on_tick(self) -> float | None:
         """Called before twoproc-io waits; returns the longest it may, in seconds, None for ever."""
@@ -471,7 +470,7 @@ class Kernel:
         if self.log is not None and self.is_abandoned:
             self.log.note("abandoned", why=self.ending)
         elif self.log is not None:
-            self.log.close(self.ending or "", keep=self.is_restart)
+            self.log.close(self.ending or "", keep=self.ending == "restart")
         self.tidy()
 
     def _read_capture(self, parent: bytes | None, mark: dict[str, int]) -> list:
@@ -863,6 +862,7 @@ class Kernel:
         self.call_to_read_capture(None)
         if self.running is not None:
             self.status("idle", self.running)
+        self._exit_at = time.monotonic() + 60       # stop has a limit of its own, which is not to be taken for this one
         self.channels.stop()
         self._put_away()
         os._exit(self.exit_status)
@@ -907,11 +907,12 @@ class Helpers:
     # -- run by main
     def start(self) -> None:
         """The interpreter is there: from now on the clock of each request runs."""
-        self._ready = True
         now = time.monotonic()
         for task in list(self._waiting):
             task.deadline = now + self._seconds
+        self._ready = True
         self._add_thread()
+        self._kernel.channels.call(lambda: None)        # twoproc-io is to look at the clock
 
     def _add_thread(self) -> None:
         self._threads += 1
@@ -1113,7 +1114,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         info, kernel.name = channels.info._replace(extra=extra), connection.kernel_name_of(path)
 
         def tidy() -> None:
-            if not kernel.is_restart:
+            if kernel.ending != "restart":
                 connection.remove_files(path, info)
             claim.release()
         kernel.tidy, kernel.claim = tidy, claim
