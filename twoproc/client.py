@@ -30,6 +30,7 @@ or an idle that never comes ends a wait but not the client.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import queue
@@ -332,8 +333,7 @@ class Client:
         self._shutdown: Message | None = None       # the shutdown_reply that a kernel sends to all
         self._is_closed = False
         self._pid = os.getpid()
-        self._watched_pid: int | None = None
-        self._process_descriptor: Any = None
+        self._process_end: Any = None       # has a fileno that becomes readable then
         self._session = Session(self.info.key, self.info.signature_scheme, username=username,
                                 max_frames=1 << 16, max_message=1 << 31)
         self.session, self.username = self._session.session, self._session.username
@@ -341,7 +341,7 @@ class Client:
         self._channels = ClientChannels(self.info, self._session, on_messages=self._receive, on_link=self._hear_link,
                                         on_tick=self._tick, on_end=self._end, **options)
         if self.process is not None:
-            self.process.on_death(self._hear_process)
+            self.process.on_death(self.tell_death)
         else:
             self._channels.call(self._watch_process)
 
@@ -352,7 +352,7 @@ class Client:
         if self._pid != os.getpid():
             return      # a forked child has our object but not our thread; the sockets are the parent's
         if self.process is not None:
-            self.process.on_death(self._hear_process, remove=True)
+            self.process.on_death(self.tell_death, remove=True)
         self._channels.close(timeout)
 
     def __enter__(self) -> Client:
@@ -635,6 +635,10 @@ class Client:
         elif self.is_alive and self._dying is None:
             self._channels.send("control", self._session.serialize("interrupt_request", {}))
 
+    def tell_death(self, cause: str) -> None:
+        """By the launcher, or whoever else knows that the kernel has died."""
+        self._channels.call(lambda: self._begin_dying(cause))
+
     def shutdown(self, restart: bool = False, timeout: float | None = 5.0) -> Message | None:
         """End the kernel, for everybody; returns its reply, None if it was gone before it could reply."""
         try:
@@ -804,17 +808,9 @@ class Client:
                     self._begin_dying("its connections ended")
         elif event == "refused" and self._was_connected and self.died is None and self.process is None:
             # A local address where somebody listened and nobody does: the process is gone.
-            if self._watched_pid is None:
+            if self._process_end is None:
                 self._begin_dying("its process is gone (nothing listens at %s)" % self.info.url("shell"))
         self._ready_bell.ring()
-
-    def _hear_process(self, cause: str) -> None:
-        """Called by the launcher, on its thread."""
-        self._channels.call(lambda: self._begin_dying(cause))
-
-    def tell_death(self, cause: str) -> None:
-        """Called by any thread that knows from elsewhere that the kernel has died."""
-        self._hear_process(cause)
 
     def _watch_process(self) -> None:
         """Have the operating system tell us when the kernel's process, if we know it, has ended."""
@@ -822,21 +818,19 @@ class Client:
         # The number means this machine only while a kernel here holds the claim on this very file; a file
         # copied from elsewhere, or left by a dead kernel, has none.
         if type(pid) is int and self.connection_file is not None and connection.is_claimed(self.connection_file):
-            self._process_descriptor = _process_descriptor(pid)
-            if self._process_descriptor is not None:
-                self._watched_pid = pid
-                self._channels.watch(_fileno(self._process_descriptor), self._hear_exit)
+            self._process_end = _process_end(pid)
+            if self._process_end is not None:
+                self._channels.watch(self._process_end.fileno(), lambda: self._hear_exit(pid))
 
-    def _hear_exit(self) -> None:
+    def _hear_exit(self, pid: int) -> None:
         self._unwatch_process()
-        self._begin_dying("process %s ended" % self._watched_pid)
-        self._watched_pid = None
+        self._begin_dying("process %d ended" % pid)
 
     def _unwatch_process(self) -> None:
-        descriptor, self._process_descriptor = self._process_descriptor, None
+        descriptor, self._process_end = self._process_end, None
         if descriptor is not None:
-            self._channels.unwatch(_fileno(descriptor))
-            os.close(descriptor) if type(descriptor) is int else descriptor.close()
+            self._channels.unwatch(descriptor.fileno())
+            descriptor.close()
 
     def _begin_dying(self, cause: str) -> None:
         if self.died is None and self._dying is None:
@@ -938,14 +932,14 @@ def _cursor(code: str, cursor_pos: int | None) -> int:
     return len(code) if cursor_pos is None else cursor_pos
 
 
-def _process_descriptor(pid: int) -> Any:
+def _process_end(pid: int) -> Any:
     """What becomes readable when the process ends: a pidfd, a kqueue; None where there is neither.
 
     Without it a local death is still seen at once by the connection that is cut and refused.
     """
     try:
         if hasattr(os, "pidfd_open"):
-            return os.pidfd_open(pid)
+            return io.FileIO(os.pidfd_open(pid))
         import select
         if sys.platform != "linux" and hasattr(select, "kqueue"):
             events = select.kqueue()
@@ -955,10 +949,6 @@ def _process_descriptor(pid: int) -> Any:
     except OSError:
         pass        # ended already, or the system is too old
     return None
-
-
-def _fileno(descriptor: Any) -> int:
-    return descriptor if type(descriptor) is int else descriptor.fileno()
 
 
 # How every ZeroMQ connection begins (RFC 23): signature and version.  The other side then sends the same and its

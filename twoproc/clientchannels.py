@@ -16,7 +16,6 @@ import os
 import queue
 import threading
 import time
-from collections import deque
 from typing import Any, Callable
 
 import zmq
@@ -45,6 +44,12 @@ _REMOTE_OPTIONS = {zmq.HEARTBEAT_IVL: 5000, zmq.HEARTBEAT_TIMEOUT: 10_000, zmq.C
 # A kernel that ends says goodbye on each connection and closes it.  So where one was cut, what comes by the others is
 # read to their ends, but no longer than that: of a network that failed they hang.
 GOODBYE_SECONDS = 0.5
+
+
+def _link_event(frames: list[bytes]) -> str:
+    """What a socket's monitor tells: one of _LINK_EVENTS, or ""."""
+    number = memoryview(frames[0][:2]).cast("H")[0]
+    return next((event for event, mask in _LINK_EVENTS.items() if number & mask), "")
 
 
 def curve_keypair() -> tuple[str, str]:
@@ -90,7 +95,6 @@ class ClientChannels:
         self._monitors: dict[Any, str] = {}         # the monitor of a channel's socket -> that channel
         self._connected: set[str] = set()           # channels, of those that have a monitor
         self._cut_until: float | None = None        # one was cut; so long the others are read
-        self._unsent: dict[str, deque] = {}         # what a full or refused connection has not taken yet
         self._descriptors: dict[int, Callable[[], None]] = {}
         self._held: list[tuple] | None = None       # what is sent while the link is lost; see `reset`
         self._is_reading_output = True
@@ -142,9 +146,9 @@ class ClientChannels:
                 self.send_at_once(channel, frames)
 
     def send_at_once(self, channel: str, frames: list) -> None:
-        if self._unsent[channel] or not self._send(channel, frames):
-            self._unsent[channel].append(frames)
-            self._poller.modify(self._sockets[channel], zmq.POLLIN | zmq.POLLOUT)
+        """Never waits.  A connection that is refused for good takes nothing, until `reset`."""
+        with contextlib.suppress(zmq.Again):
+            self._sockets[channel].send_multipart(frames, zmq.NOBLOCK)
 
     def watch(self, descriptor: int, on_readable: Callable[[], None]) -> None:
         """Call `on_readable` once, when `descriptor` becomes readable."""
@@ -197,8 +201,8 @@ class ClientChannels:
             # ZeroMQ's own 100 ms would be the larger part of the wait for a new kernel.
             sock.setsockopt(zmq.RECONNECT_IVL, 5 if is_urgent else 100)
             sock.setsockopt(zmq.RECONNECT_IVL_MAX, 0 if is_urgent else 1000)
-            if channel == "hb":
-                sock.setsockopt(zmq.SNDHWM, 2)      # pings for a dead kernel are not kept for its successor
+            # Pings for a dead kernel are not kept for its successor.  All else is kept, however much, for a slow one.
+            sock.setsockopt(zmq.SNDHWM, 2 if channel == "hb" else 0)
             if info.is_remote:
                 for option, value in _REMOTE_OPTIONS.items():
                     sock.setsockopt(option, value)
@@ -224,7 +228,6 @@ class ClientChannels:
         self._cut_until = None
         for channel, sock in self._sockets.items():
             self._channels[sock] = channel
-            self._unsent[channel] = deque()
             self._poller.register(sock, zmq.POLLIN)
         self._is_reading_output = True
         self.silent_since = None
@@ -247,17 +250,13 @@ class ClientChannels:
     def _turn(self) -> None:
         """Wait for something to happen, and do what it asks for."""
         readable, links = set(), []
-        for ready, event in self._poller.poll(self._poll_milliseconds()):
+        for ready, _ in self._poller.poll(self._poll_milliseconds()):
             if ready is self.outbox or ready == self.outbox.fileno():
                 self.outbox.silence()
             elif ready in self._monitors:
                 links.append(ready)
             elif ready in self._channels:
-                channel = self._channels[ready]
-                if event & zmq.POLLOUT:
-                    self._send_unsent(channel)
-                if event & zmq.POLLIN:
-                    readable.add(channel)
+                readable.add(self._channels[ready])
             elif ready in self._descriptors:
                 on_readable = self._descriptors[ready]
                 self.unwatch(ready)
@@ -299,23 +298,8 @@ class ClientChannels:
             elif request is None or request.error is None:
                 self.send_at_once(channel, frames)
 
-    def _send(self, channel: str, frames: list) -> bool:
-        """False when the connection takes nothing now: never wait here, a refused handshake lasts for ever."""
-        try:
-            self._sockets[channel].send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def _send_unsent(self, channel: str) -> None:
-        unsent = self._unsent[channel]
-        while unsent and self._send(channel, unsent[0]):
-            unsent.popleft()
-        if not unsent:
-            self._poller.modify(self._sockets[channel], zmq.POLLIN)
-
     def _receive(self, readable: set) -> None:
-        if "hb" in readable and "hb" in self._sockets:
+        if "hb" in readable:
             self._read_heartbeat()
         batch: list = []
         for channel in ("shell", "control", "stdin"):
@@ -346,8 +330,7 @@ class ClientChannels:
                 frames = monitor.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            number = memoryview(frames[0][:2]).cast("H")[0]
-            event = next((event for event, mask in _LINK_EVENTS.items() if number & mask), "")
+            event = _link_event(frames)
             was_connected = channel in self._connected
             if event == "connected":
                 self._connected.add(channel)
@@ -376,7 +359,7 @@ class ClientChannels:
             self.silent_since = now
         # Asked again although the last question is open: it may have gone down with a kernel's predecessor.
         # A stopped kernel finds them all when it goes on; at one in 2 s those are few.
-        self._send("hb", [b"", b"twoproc"])
+        self.send_at_once("hb", [b"", b"twoproc"])
 
     def _read_heartbeat(self) -> None:
         try:
@@ -455,8 +438,7 @@ def hello(url: str, server_key: bytes, pair: tuple[bytes, bytes], timeout: float
                     if ready is sock and frames[0] == HELLO and len(frames) == 2:
                         return frames[1], "connected"
                     if ready is monitor:
-                        number = memoryview(frames[0][:2]).cast("H")[0]
-                        event = next((name for name, mask in _LINK_EVENTS.items() if number & mask), event)
+                        event = _link_event(frames) or event
             return None, event
         finally:
             sock.disable_monitor()

@@ -90,7 +90,7 @@ class Link:
         client, now = self._client, time.monotonic()
         if client._channels.bad_signatures > self._bad_signatures:
             self.is_over = True
-            self._end("another kernel answers in its place")
+            client._begin_dying("another kernel answers in its place")
         elif self._retry_at is not None and now > self._retry_at:
             self.lose()
         elif now > self._look_at:
@@ -128,17 +128,13 @@ class Link:
         elif self._refused_since is None:
             self._refused_since = time.monotonic()
         elif time.monotonic() - self._refused_since > GONE_SECONDS:
-            self._end("nothing listens at %s any more" % self._client.address)
+            self._client._begin_dying("nothing listens at %s any more" % self._client.address)
 
     def _end_look(self) -> None:
         probe, self._probe = self._probe, None
         if probe is not None:
             self._client._channels.unwatch(probe.fileno())
             probe.close()
-
-    def _end(self, cause: str) -> None:
-        """It was not the connection alone."""
-        self._client._begin_dying(cause)
 
     def close(self) -> None:
         self._end_look()
@@ -161,7 +157,7 @@ class Link:
         client = self._client
         session = reply.header.get("session")
         if self._kernel and session != self._kernel:
-            self._end("restarted while the connection was lost")
+            client._begin_dying("restarted while the connection was lost")
             return
         at_risk, held = self._at_risk, client._channels.held
         is_known = reply.msg_type == "twoproc_resume_reply" and reply.content.get("status") == "ok"
