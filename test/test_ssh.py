@@ -15,7 +15,7 @@ import sys
 import unittest
 from unittest import mock
 
-from twoproc import connection, ssh, start
+from twoproc import config, connection, ssh, start
 
 from . import lab, support, vt
 
@@ -595,6 +595,12 @@ class TheFarSide(SshCase):
         text, errors = process.communicate(timeout=support.DEADLINE)
         self.assertEqual((process.returncode, text), (2, ""))
         self.assertIn("its kernel has ended", errors)
+
+    def test_a_kernel_that_ends_before_its_file_is_read_is_one_line(self):
+        with mock.patch.object(start, "_alive_file", return_value=os.path.join(self.way.far.run, "otter.json")), \
+                contextlib.redirect_stdout(io.StringIO()), self.assertRaisesRegex(
+                    connection.ConnectionFileError, "no such file; has its kernel ended"):
+            start.print_connection("otter", False, None, False, config.load())
 
     def test_no_key_is_shown_on_a_terminal(self):
         _, path = self.start_far()

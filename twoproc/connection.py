@@ -58,7 +58,9 @@ O_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(o
 # The shake family has no length of its own, so it makes no signatures.
 SIGNATURE_SCHEMES = {f"hmac-{name}" for name in hashlib.algorithms_guaranteed if not name.startswith("shake")}
 
+# The same digits as those of base64.b85encode, which are B85.
 Z85 = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
+B85 = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{|}~"
 
 
 class ConnectionFileError(Exception):
@@ -127,18 +129,15 @@ class ConnectionInfo(NamedTuple):
 # people edit, where no character means anything else. Both are 32 bytes. Source of Z85: ZeroMQ RFC 32.
 
 def z85_of(hexkey: str) -> bytes:
-    return bytes(Z85[int(hexkey[at:at + 8], 16) // 85 ** place % 85] for at in range(0, 64, 8)
-                 for place in (4, 3, 2, 1, 0))
+    return base64.b85encode(bytes.fromhex(hexkey)).translate(bytes.maketrans(B85, Z85))
 
 
 def hex_of(z85: bytes) -> str:
     """Raises ValueError for what is not the Z85 of 32 bytes."""
-    if len(z85) != 40 or z85.translate(None, Z85):
-        raise ValueError("not a key: expected 40 characters of Z85")
-    numbers = [sum(Z85.index(z85[at + 4 - place]) * 85 ** place for place in range(5)) for at in range(0, 40, 5)]
-    if max(numbers) >> 32:
-        raise ValueError("not a key: some 5 characters of Z85 are more than 4 bytes")
-    return "".join(f"{number:08x}" for number in numbers)
+    with contextlib.suppress(ValueError):       # 5 digits that are more than 4 bytes
+        if len(z85) == 40 and not z85.translate(None, Z85):
+            return base64.b85decode(z85.translate(bytes.maketrans(Z85, B85))).hex()
+    raise ValueError("not a key: expected 40 characters of Z85")
 
 
 def fingerprint(hexkey: str) -> str:
@@ -333,17 +332,22 @@ def _reserve_new_name(folder: str) -> str:
     raise ConnectionFileError(f"no free kernel name found in {folder}; remove what is left there", exit_code=3)
 
 
-def write_connection_file(path: str, info: ConnectionInfo) -> None:
-    """Write atomically, 0600 under any umask. What is in the way and not ours alone: exit code 5."""
+def members_of(info: ConnectionInfo) -> dict[str, Any]:
+    """The JSON object in its connection file."""
     members: dict[str, Any] = dict(info.extra)
     for name, value in info._asdict().items():
         if name not in ("extra", "client_publickey", "client_secretkey") and value is not None:
             members[name] = value.decode() if isinstance(value, bytes) else value
+    return members
+
+
+def write_connection_file(path: str, info: ConnectionInfo) -> None:
+    """Write atomically, 0600 under any umask. What is in the way and not ours alone: exit code 5."""
     path = os.path.abspath(path)
     try:
         with contextlib.suppress(FileNotFoundError):
             _refuse_unsafe(path, os.lstat(path))
-        write_private(path, json.dumps(members, indent=2))
+        write_private(path, json.dumps(members_of(info), indent=2))
     except OSError as error:
         raise _unsafe(f"connection file {path}: {error.strerror}; not written") from error
 
@@ -412,8 +416,10 @@ def parse_connection_file(text: bytes, path: str, *, as_kernel: bool = False) ->
     curve: dict[str, Any] = {}
     for name in ("curve_publickey", "curve_secretkey"):
         curve[name] = take_text(name, "").encode() or None
-        check(curve[name] is None or len(curve[name]) == 40 and not curve[name].translate(None, Z85),
-              f"{name} is not a key: expected 40 characters of Z85")
+        try:
+            hex_of(curve[name] or b"0" * 40)
+        except ValueError as error:
+            raise ConnectionFileError(f"connection file {path}: {name} is {error}") from error
     check(not as_kernel or (curve["curve_publickey"] is None) == (curve["curve_secretkey"] is None),
           "curve_publickey and curve_secretkey: only one is there, a kernel needs both")
     kernel_name = take_text("kernel_name", "")
