@@ -573,11 +573,16 @@ class Kernel:
         self.interpreter.on_await = self.handle_comms
         self._helpers.start()
         while self.ending is None:
-            message = self._next_request()
-            if message is not None and message.msg_type == "execute_request":
-                self.execute_request(message)
-            elif message is not None:
-                self.comm(message)
+            try:
+                message = self._next_request()
+                if message is not None and message.msg_type == "execute_request":
+                    self.execute_request(message)
+                elif message is not None:
+                    self.comm(message)
+            except BaseException as error:      # by the user's handler of a signal that came between two cells
+                if self.running is not None:
+                    raise
+                tell(error)
             if os.getpid() != self.process:
                 self._end_child()
 
@@ -594,8 +599,6 @@ class Kernel:
             requests.silence()
         except Empty:
             interpreter.write_history()
-        except BaseException as error:      # by the user's handler of a signal that came just now
-            tell(error)
         return None
 
     def execute_request(self, message: Message) -> None:
