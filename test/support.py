@@ -22,6 +22,7 @@ TWOPROC_TEST_KERNEL names another kernel to run the tests against, for example
 import collections
 import hashlib
 import hmac
+import inspect
 import json
 import os
 import shlex
@@ -63,8 +64,16 @@ def wait_until(predicate, deadline=DEADLINE, what=None, pause=0.005):
         if value:
             return value
         if time.monotonic() > end:
-            raise DeadlineError(f"not within {deadline} s: {what() if callable(what) else what or predicate}")
+            raise DeadlineError(f"not within {deadline} s: {what() if callable(what) else what or source_of(predicate)}")
         _pause.wait(pause)
+
+
+def source_of(function):
+    """As it is written: what a failure says of a condition that has no other name."""
+    try:
+        return inspect.getsource(function).strip()
+    except OSError:
+        return repr(function)
 
 
 def rounds(suite, soak):

@@ -207,10 +207,13 @@ class Terminal:
                 return lines
             left = end - time.monotonic()
             if left <= 0:
-                raise support.DeadlineError(f"not on the screen within {deadline} s: {wanted}\n" + self.show())
+                raise support.DeadlineError(f"not on the screen within {deadline} s: {self._said(wanted)}")
             is_alive = self.is_alive
             if not self.read(min(left, 0.5)) and not is_alive:
-                raise support.DeadlineError(f"ended before this was on the screen: {wanted}\n" + self.show())
+                raise support.DeadlineError(f"ended before this was on the screen: {self._said(wanted)}")
+
+    def _said(self, wanted):
+        return (wanted if isinstance(wanted, str) else support.source_of(wanted)) + "\n" + self.show()
 
     def complete(self, wanted):
         """Tab until that is there: a kernel has a second for its matches, and the first ones may take longer."""
