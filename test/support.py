@@ -64,7 +64,8 @@ def wait_until(predicate, deadline=DEADLINE, what=None, pause=0.005):
         if value:
             return value
         if time.monotonic() > end:
-            raise DeadlineError(f"not within {deadline} s: {what() if callable(what) else what or source_of(predicate)}")
+            said = what() if callable(what) else what or source_of(predicate)
+            raise DeadlineError(f"not within {deadline} s: {said}")
         _pause.wait(pause)
 
 
@@ -72,7 +73,7 @@ def source_of(function):
     """As it is written: what a failure says of a condition that has no other name."""
     try:
         return inspect.getsource(function).strip()
-    except OSError:
+    except (OSError, TypeError):
         return repr(function)
 
 

@@ -645,10 +645,14 @@ class Reaching(unittest.TestCase):
 
     def refusal(self, reason, exit_code, target=None):
         """What reach says; it must say it in time, and remember nothing."""
-        before, start = self.known, time.monotonic()
-        with self.assertRaises((NotReady, ConnectionFileError)) as caught:
-            self.reach(target)
-        self.assertLess(time.monotonic() - start, support.at_most(5))
+        for _ in range(3):
+            before, start = self.known, time.monotonic()
+            with self.assertRaises((NotReady, ConnectionFileError)) as caught:
+                self.reach(target)
+            self.assertLess(time.monotonic() - start, support.at_most(5))
+            # What is paused for longer than a knock waits is rightly called overloaded: then once more.
+            if reason == "busy" or "overloaded" not in str(caught.exception):
+                break
         self.assertEqual((getattr(caught.exception, "reason", None), caught.exception.exit_code), (reason, exit_code))
         self.assertEqual(self.known, before)
         self.assertNotIn("\n", str(caught.exception))
