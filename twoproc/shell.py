@@ -40,7 +40,6 @@ from IPython.core.compilerop import CachingCompiler
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.error import StdinNotImplementedError, UsageError
-from IPython.core.events import EventManager
 from IPython.core.interactiveshell import InteractiveShell, InteractiveShellABC
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.shellapp import InteractiveShellApp
@@ -154,20 +153,19 @@ class Interpreter:
             report, self._startup_report = self._startup_report, ""
             self.publish("stream", {"name": "stderr", "text": report})
         self._offer_loop(code)
-        reply: dict = {"status": "ok"}
+        reply: dict = {"status": "ok", "user_expressions": {}}
         count = shell.execution_count
         try:
             result = run(lambda: shell.run_request(code, store_history=store_history, silent=silent, cell_id=cell_id))
             error = result.error_before_exec or result.error_in_exec
-            if error is not None or shell.is_display_broken:
-                reply = {"status": "error", **(shell.last_error or describe(error))}
-            reply["user_expressions"] = {}
-            if user_expressions and reply["status"] == "ok":
+            if error is not None or shell.is_display_broken or shell.is_interrupted:
+                reply.update(shell.last_error or describe(error), status="error")
+            elif user_expressions:
                 reply["user_expressions"] = run(lambda: shell.user_expressions(user_expressions))
         except BaseException as error:
             # User code, or an interrupt between its frame and ours: told like any error of a cell.
             shell._showtraceback(type(error), error, describe(error)["traceback"])
-            reply = {"status": "error", **describe(error), "user_expressions": {}}
+            reply.update(describe(error), status="error")
         if store_history and reply["status"] == "error" and shell.execution_count == count:
             shell.execution_count += 1      # interrupted before IPython counted it; its number was published
         reply["execution_count"] = shell.execution_count - 1
@@ -539,25 +537,6 @@ class MainLoopRunner:
 main_loop_runner = MainLoopRunner()
 
 
-class CellEvents(EventManager):
-    """Ctrl-C in a callback before a cell ends the cell: IPython takes it for the callback's, and runs the cell.
-
-    One such callback is IPython's own, before every cell: of 3000 interrupts just after `execute_input`, one was
-    lost in it.
-    """
-
-    def trigger(self, event: str, *args: Any, **kwargs: Any) -> None:
-        if not event.startswith("pre_"):
-            super().trigger(event, *args, **kwargs)
-            return
-        for function in self.callbacks[event][:]:
-            try:
-                function(*args, **kwargs)
-            except Exception:
-                print("Error in callback %r (for %s):" % (function, event))
-                self.shell.showtraceback()
-
-
 class ZMQInteractiveShell(InteractiveShell):
     """IPython with a frontend elsewhere.
 
@@ -577,6 +556,7 @@ class ZMQInteractiveShell(InteractiveShell):
     last_error: dict | None = None          # the latest `error` content of the running cell
     stepping: Callable | None = None        # the trace function of a debugger between two statements of a cell
     is_display_broken = False               # an error was shown while a result was being formatted
+    is_interrupted = False                  # a KeyboardInterrupt was shown, maybe not by us; see run_code
 
     @default("kernel")
     def _default_kernel(self):
@@ -607,10 +587,6 @@ class ZMQInteractiveShell(InteractiveShell):
         self.history_manager = History(shell=self, parent=self)
         self.configurables.append(self.history_manager)
 
-    def init_events(self) -> None:
-        super().init_events()
-        self.events.__class__ = CellEvents
-
     def init_hooks(self) -> None:
         super().init_hooks()
         self.input_transformers_cleanup.append(without_mark)
@@ -640,7 +616,7 @@ class ZMQInteractiveShell(InteractiveShell):
 
     def run_request(self, code: str, **options) -> Any:
         """run_cell, and no debugger that outlives its cell."""
-        self.cell, self.last_error, self.is_display_broken = code, None, False
+        self.cell, self.last_error, self.is_display_broken, self.is_interrupted = code, None, False, False
         try:
             return self.run_cell(code, **options)
         finally:
@@ -681,9 +657,14 @@ class ZMQInteractiveShell(InteractiveShell):
         """Run one statement of a cell; True if it raised.
 
         Differs from IPython's in that sys.excepthook is left alone: a hook that the user sets stays set, and is
-        called with what a cell raises, as python's prompt does.
+        called with what a cell raises, as python's prompt does.  And in that Ctrl-C ends the cell also where IPython
+        shows it and would go on: in a callback before the cell (one of IPython's own runs before each), in %run.
         """
         __tracebackhide__ = "__ipython_bottom__"       # frames above this one are not the user's
+        if self.is_interrupted:
+            if result is not None:
+                result.error_in_exec = KeyboardInterrupt()
+            return True
         try:
             try:
                 if self.stepping is not None:
@@ -735,6 +716,7 @@ class ZMQInteractiveShell(InteractiveShell):
         except ValueError:
             return super().showtraceback(exc_tuple, filename, tb_offset, exception_only, running_compiled_code)
         self.last_error = None
+        self.is_interrupted = self.is_interrupted or isinstance(value, KeyboardInterrupt)
         try:
             # At the end, Python's form: IPython's takes 0.1 s the first time, and on a slow machine all that there is.
             if (is_beyond_ipython(value) or self.interpreter.is_ending) and not exception_only:
@@ -784,20 +766,37 @@ class ZMQInteractiveShell(InteractiveShell):
     # -- !command, %gui
 
     def system(self, cmd) -> None:
-        """Run a shell command.  Its output reaches the frontend through descriptors 1 and 2 while it runs; its
-        input is empty, because nobody could type it."""
-        import subprocess
-        cmd = self.var_expand(cmd, depth=1)
-        flush_streams()
-        shell = os.environ.get("SHELL")
-        code = subprocess.call(cmd, shell=True, stdin=subprocess.DEVNULL,
-                               executable=shell if os.name == "posix" and shell and os.path.exists(shell) else None)
-        # As in IPython: a status in the shell's manner, 128 and the signal, becomes minus the signal.
-        self.user_ns["_exit_code"] = code = code if code <= 128 else 128 - code
-        if getattr(self, "system_raise_on_error", False) and code:
-            raise subprocess.CalledProcessError(code, cmd)
+        """Run a shell command.  Its output reaches the frontend through descriptors 1 and 2 while it runs."""
+        self._run_command(cmd)
 
     system_piped = system_raw = system
+
+    def getoutput(self, cmd, split=True, depth=0):
+        """What a shell command says, errors included.  IPython's takes Ctrl-C for the end of the command alone."""
+        from subprocess import PIPE, STDOUT
+        from IPython.utils.text import LSString, SList
+        if cmd.rstrip().endswith("&"):
+            raise OSError("Background processes not supported.")
+        text = self._run_command(cmd, depth, stdout=PIPE, stderr=STDOUT).decode("utf-8", "replace")
+        return SList(text.splitlines()) if split else LSString(text)
+
+    def _run_command(self, cmd, depth=0, **options) -> Any:
+        """Its standard input is empty, because nobody could type it."""
+        import subprocess
+        cmd = self.var_expand(cmd, depth=depth + 2)
+        flush_streams()
+        shell = os.environ.get("SHELL")
+        done = subprocess.run(cmd, shell=True, stdin=subprocess.DEVNULL, **options,
+                              executable=shell if os.name == "posix" and shell and os.path.exists(shell) else None)
+        # As in IPython: a status in the shell's manner, 128 and the signal, becomes minus the signal.
+        code = done.returncode if done.returncode <= 128 else 128 - done.returncode
+        self.user_ns["_exit_code"] = code
+        if getattr(self, "system_raise_on_error", False) and code:
+            raise subprocess.CalledProcessError(code, cmd)
+        return done.stdout
+
+    def ask_yes_no(self, prompt, default=None, interrupt="n"):
+        return super().ask_yes_no(prompt, default, interrupt)       # else IPython answers Ctrl-C by asking again
 
     def enable_gui(self, gui=None) -> None:
         """%gui: an event loop of a toolkit to run while the kernel is idle; kernel.py calls it."""
