@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from datetime import date
@@ -427,6 +428,21 @@ class Limits(Case):
         self.assertEqual([bucket.take("a") for _ in range(7)], [True] * 5 + [False] * 2)
         now = 1000.0
         self.assertEqual(sum(bucket.take("a") for _ in range(50)), 20)
+
+    def test_two_threads_have_no_more_together_than_one(self):
+        class Rate(float):
+            def __rmul__(self, other):
+                time.sleep(0)           # the other thread's turn, within take
+                return other * float(self)
+
+        bucket, given = Buckets(Rate(10), lambda: 0.0), []
+        threads = [threading.Thread(target=lambda: given.extend([bucket.take("a") for _ in range(30)]))
+                   for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual((len(given), sum(given)), (60, 20))
 
     def test_a_key_that_asks_too_much_is_told_and_no_other_key(self):
         gate = self.access(f"run {ALICE} alice", f"run {BOB} bob", requests_per_second=10)

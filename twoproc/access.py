@@ -339,14 +339,16 @@ class Buckets:
     def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic):
         self._rate, self._clock = per_second, clock
         self._state: dict[Any, tuple[float, float]] = {}    # who -> (requests left, when that was)
+        self._lock = threading.Lock()           # requests are counted by twoproc-io, long answers by who made them
 
     def take(self, who: Any, cost: float = 1, least: float = 1) -> bool:
         """least: so many must be left; the rest of the cost is owed."""
-        now = self._clock()
-        left, since = self._state.get(who, (2 * self._rate, now))
-        left = min(2 * self._rate, left + (now - since) * self._rate)
-        self._state[who] = left - cost * (left >= least), now
-        return left >= least
+        with self._lock:
+            now = self._clock()
+            left, since = self._state.get(who, (2 * self._rate, now))
+            left = min(2 * self._rate, left + (now - since) * self._rate)
+            self._state[who] = left - cost * (left >= least), now
+            return left >= least
 
 
 class Access:
