@@ -455,9 +455,11 @@ class TextForAScreen(unittest.TestCase):
     def test_rows_are_counted_as_a_terminal_counts(self):
         for text, rows in (("", 0), ("a", 0), ("a\n", 1), ("a\nb", 1), ("x" * 80, 0), ("x" * 81, 1),
                            ("x" * 81 + "\n", 2),
-                           ("日" * 41 + "\n", 2), ("\x1b[31m" + "x" * 80 + "\x1b[0m\n", 1), ("abc\rd\n", 1)):
+                           ("日" * 41 + "\n", 2), ("\x1b[31m" + "x" * 80 + "\x1b[0m\n", 1), ("abc\rd\n", 1),
+                           ("x" * 81 + "\r" + "x" * 81, 2), ("x" * 79 + "\t\tx", 0)):
             with self.subTest(text=text):
                 self.assertEqual(rows_below(text, 80), rows)
+        self.assertEqual(rows_below("日" * 7, 7), 2)        # each row has room for three, and a half
         self.assertIsNone(rows_below("a\x1b[2Ab", 80))
 
     def test_a_line_that_overwrites_itself_is_its_last_state(self):

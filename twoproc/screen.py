@@ -153,21 +153,32 @@ def last_state(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2]
 
 
-def width_of(text: str) -> int:
-    """Columns of one line without escapes."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf") else
-               2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
 def rows_below(text: str, columns: int) -> int | None:
     """Rows from the one where this text began to the one where it left the cursor; None if that cannot be said."""
     if re.search("\x1b\\[[0-9]*[ABCDGJ]|\x08", text):
         return None
-    *lines, rest = re.sub("\x1b(\\[[0-9;:]*[mK]|\\]8;[^\x07\x1b]*(\x07|\x1b\\\\))", "", text).expandtabs().split("\n")
-    rows = sum(max(1, -(-max(map(width_of, line.split("\r"))) // columns)) for line in lines)
-    return rows + max(0, max(map(width_of, rest.split("\r"))) - 1) // columns
+    row = column = 0
+    for c in re.sub("\x1b(\\[[0-9;:]*[mK]|\\]8;[^\x07\x1b]*(\x07|\x1b\\\\))", "", text):
+        if c == "\n":
+            row, column = row + 1, 0
+        elif c == "\r":
+            column = 0
+        elif c == "\t":
+            column = min(column // 8 * 8 + 8, columns - 1)
+        else:
+            width = _width_of(c)
+            if column + width > columns:
+                row, column = row + 1, 0
+            column += width
+    return row
+
+
+def _width_of(c: str) -> int:
+    if c.isascii():
+        return 1
+    if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
 
 
 # -- MIME bundles ----------------------------------------------------------------------------------
