@@ -58,7 +58,6 @@ MUFFLED_SECONDS = 1.0
 PRESENCE_SECONDS = 600.0
 WRITE_CHARS = 1 << 15       # between two looks for Ctrl-C while much is written
 SHOWN_BYTES = 1 << 20       # of the log, at most, when the user asks for it
-REFUSALS = ("NotAllowed", "RateLimited", "BadMessage")  # by which a kernel answers what it does not run
 REDRAW_SECONDS = 0.03       # so long output above a prompt waits for more: each time the prompt is drawn again
 
 
@@ -534,18 +533,18 @@ class Terminal:
     def run_cell(self, text: str) -> None:
         """Send one input and stay with it until it is done, lost, or left alone."""
         if not self._wait_client():
-            self.next_input = _at_end(text)
+            self.next_input = Document(text)
             return
         if not self._may("run", "running code"):
             return
         if self.client.is_lost:     # not kept for its return: nobody could take that back, nor say when it is
             self.painter.say("not sent: the connection to kernel %s is lost" % self.name)
-            self.next_input = _at_end(text)
+            self.next_input = Document(text)
             return
         try:
             pending = self.client.execute_nowait(text, allow_stdin=True, on_message=self._hear)
         except KernelDied as died:
-            self.died, self.next_input = self.died or died.cause, _at_end(text)
+            self.died, self.next_input = self.died or died.cause, Document(text)
             self._choose_after_death()
             return
         self.cell = cell = Cell(pending, None if self.busy else self.prompt.count)
@@ -562,18 +561,18 @@ class Terminal:
         cell.pending.cancel()
         if cell.lost is not None:
             if cell.count is None:      # it had not begun: typed once is enough
-                self.next_input = _at_end(text)
+                self.next_input = Document(text)
             else:
                 self.lost = " while running In [%s], which is lost" % cell.count
             self._choose_after_death()
         elif cell.reply is not None:
             self._handle_payload(cell.reply.content.get("payload"))
-            if not cell.is_told and cell.reply.content.get("ename") in REFUSALS:
+            if not cell.is_told:
                 self._is_refused(cell.reply)
         elif cell.pending.error is not None:
             self.painter.say(str(cell.pending.error))
             if not cell.is_begun:
-                self.next_input = _at_end(text)
+                self.next_input = Document(text)
 
     def _hear(self, message: Message) -> None:
         """Run by twoproc-client: output comes to us by `listen`, in order with that of others."""
@@ -734,7 +733,7 @@ class Terminal:
         text = "".join(key.data for key in keys if key.data.isprintable() or not key.data.strip())
         text = text.replace("\r", "\n").strip("\n")
         if text:
-            self.next_input = _at_end((self.next_input.text if self.next_input else "") + text)
+            self.next_input = Document((self.next_input.text if self.next_input else "") + text)
         return bool(text)
 
     # -- payloads
@@ -743,7 +742,7 @@ class Terminal:
         for part in payload if isinstance(payload, list) else []:
             source = part.get("source") if isinstance(part, dict) else None
             if source == "set_next_input":
-                self.next_input = _at_end(str(part.get("text", "")))
+                self.next_input = Document(str(part.get("text", "")))
             elif source == "page":
                 self.page(screen.text_of(part.get("data") or {"text/plain": str(part.get("text", ""))}))
             elif source in ("edit", "edit_magic"):
@@ -775,7 +774,7 @@ class Terminal:
             self.painter.say("not edited: %s" % error)
             return
         # Shown before it runs: what was written in the editor is the user's next input, to be confirmed by Enter.
-        self.next_input = _at_end(text.rstrip() if text.count("\n") <= 100 else "%%run -i %s" % shlex.quote(path))
+        self.next_input = Document(text.rstrip() if text.count("\n") <= 100 else "%%run -i %s" % shlex.quote(path))
 
     def _run_program(self, command: str, **options: Any) -> int:
         """Lend the screen to a pager or an editor; its exit status.  Ctrl-C is for it alone meanwhile."""
@@ -1055,7 +1054,3 @@ _LEAVING = re.compile(r"(exit|quit)(\((keep_kernel\s*=\s*True|True)?\))?")
 
 def _name_of(message: Message) -> str:
     return one_line(str(message.parent_header.get("username") or "somebody"))
-
-
-def _at_end(text: str) -> Document:
-    return Document(text, len(text))
