@@ -550,6 +550,15 @@ class HistoryIsKept(unittest.TestCase):
         shell.execute("silent = 1", silent=True)
         self.assertEqual([line[2] for line in self.ask(shell, "tail", n=9)], ["kept = 1"])
 
+    def test_a_cell_is_found_by_its_number_whatever_was_left_out_before(self):
+        shell = start(self)
+        shell.execute("def stop(lines):\n    if 'lost' in lines[0]: raise KeyboardInterrupt\n    return lines\n"
+                      "get_ipython().input_transformers_cleanup.append(stop)")
+        for code in ("lost", "exit", "'found'"):
+            shell.execute(code)
+        self.assertEqual(shell.execute("In[4]").value, repr("'found'"))
+        self.assertEqual(self.ask(shell, "range", start=4, stop=5), [[0, 4, "'found'"]])
+
     def test_the_next_session_finds_the_last_one(self):
         home = make_home(self)
         first = start(self, home)

@@ -113,6 +113,9 @@ class History(HistoryManager):
     def store_inputs(self, line_num, source, source_raw=None):
         """Called by IPython for each cell; one that is private stays in memory."""
         with self.db_lock:
+            # IPython leaves out `exit`, after which a kernel may go on, and what Ctrl-C ends before it gets here.
+            for lines in (self.input_hist_parsed, self.input_hist_raw):
+                lines += [""] * (line_num - len(lines))
             super().store_inputs(line_num, source, source_raw)
             if is_private(source_raw or source):
                 self.db_input_cache[:] = [line for line in self.db_input_cache if line[0] != line_num]
