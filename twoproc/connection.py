@@ -261,6 +261,15 @@ def open_private(path: str, flags: int) -> int:
     return fd
 
 
+def open_or_make(path: str, flags: int) -> int:
+    """The same for a file that may be there or not, and may come or go meanwhile."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return open_private(path, flags)
+        with contextlib.suppress(FileExistsError):
+            return open_private(path, flags | os.O_CREAT)
+
+
 def write_private(path: str, text: str) -> None:
     """Make or replace a file that is ours alone: a reader finds all of it, or what was there before. OSError."""
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(8).hex()}.tmp")
@@ -633,12 +642,7 @@ def _lock(path: str) -> tuple[int, str]:
     patience = time.monotonic() + 0.3
     while True:
         try:
-            fd = open_private(lock, os.O_RDWR | os.O_CREAT)
-        except FileExistsError:
-            try:
-                fd = open_private(lock, os.O_RDWR)
-            except FileNotFoundError:  # its holder ended between the two
-                continue
+            fd = open_or_make(lock, os.O_RDWR)
         except (FileNotFoundError, ConnectionFileError) as error:
             folder = os.path.dirname(path)
             # A file that a manager mounted read-only: nobody can take its name, nobody can remove it.

@@ -314,17 +314,9 @@ class LoggedSession:
     def opened(self) -> dict[str, Any]:
         """Its `open` record; without one what the lock file says, at worst {}."""
         if self._opened is None:
-            self._opened = next(filter(None, map(parse, self._first_lines())), None) or self._holder()
+            first = parse(next(self._lines(".log"), b""))
+            self._opened = first if first is not None and first["k"] == "open" else self._holder()
         return self._opened
-
-    def _first_lines(self) -> Iterator[bytes]:
-        with contextlib.suppress(OSError, ConnectionFileError):
-            with open(open_private(self.path(".log"), os.O_RDONLY), "rb") as file:
-                for line in file:
-                    if b'"k":"open"' in line[:40]:
-                        yield line[:-1]
-                    if file.tell() > 1 << 20:
-                        return
 
     def _holder(self) -> dict[str, Any]:
         try:

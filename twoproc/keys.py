@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 from . import config
 from .access import RIGHTS, Key, KeyLineError, parse_keys, parse_line, read_trusted
-from .connection import ConnectionFileError, fingerprint, leave_current_folder, make_folders, open_private, try_lock
+from .connection import (
+    ConnectionFileError, fingerprint, leave_current_folder, make_folders, open_or_make, open_private, try_lock)
 
 COMMAND = f"python -m {__package__}.keys"
 LOCK_SECONDS = 10.0         # to change a file takes milliseconds; who holds its lock longer has been stopped
@@ -111,10 +112,7 @@ def edit(path: str, change: Callable[[str], str]) -> None:
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[None]:
     """A lock file beside the one that is replaced; it stays, so that everybody locks the same one."""
-    try:
-        fd = open_private(path, os.O_RDWR | os.O_CREAT)
-    except FileExistsError:
-        fd = open_private(path, os.O_RDWR)
+    fd = open_or_make(path, os.O_RDWR)
     try:
         end = time.monotonic() + LOCK_SECONDS
         while try_lock(fd) is False:

@@ -127,12 +127,8 @@ class KernelProcess:
         if re.fullmatch(r"python(3(\.\d+)?)?", argv[0]):
             argv[0] = sys.executable    # what a kernelspec in our own environment means by it
         # Append: what several processes write does not overwrite each other.
-        how = os.O_WRONLY | os.O_APPEND
-        try:
-            log = connection.open_private(self.log_file, how | os.O_CREAT)
-        except FileExistsError:     # of the kernel before a restart
-            log = connection.open_private(self.log_file, how)
-            os.ftruncate(log, 0)
+        log = connection.open_or_make(self.log_file, os.O_WRONLY | os.O_APPEND)
+        os.ftruncate(log, 0)            # of the kernel before a restart
         # A thread of ours may block SIGINT; the child would inherit that, and could never be interrupted.
         mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}) if os.name == "posix" else None
         try:

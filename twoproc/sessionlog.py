@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from typing import Any, Callable, Iterator, NamedTuple
 
 from . import __version__
-from .connection import open_private, try_lock
+from .connection import open_or_make, open_private, try_lock
 from .crashlog import (
     CELLS, HEAD, OUTPUTS, VERSION, Limits, LoggedSession, StateError, as_text, boot_id, encode, host_name, is_intact,
     prune, seal, sessions, sessions_folder, started_ticks)
@@ -73,10 +73,7 @@ class _File:
     """A file that records are appended to: each is in it entirely, or not at all."""
 
     def __init__(self, path: str) -> None:
-        try:
-            self.fd = open_private(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        except FileExistsError:
-            self.fd = open_private(path, os.O_RDWR | os.O_APPEND)
+        self.fd = open_or_make(path, os.O_RDWR | os.O_APPEND)
         found = os.fstat(self.fd)
         self.path, self.size, self.is_torn = path, found.st_size, False
         self._identity = found.st_dev, found.st_ino
