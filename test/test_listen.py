@@ -386,9 +386,12 @@ class Floods(unittest.TestCase):
         seconds = time.monotonic() - started
         self.assertEqual((answers[0]["status"], len(answers[0]["history"])), ("ok", 10))
         # 244 requests each; 400 there are at the beginning, 200 come each second, and the last may be owed.
-        given = [answer for answer in answers if answer["status"] == "ok"]
+        # What takes a paused kernel longer than kernel.completion_seconds is answered empty, and not long.
+        given = [answer for answer in answers if answer["status"] == "ok" and answer["history"]]
         self.assertLess(244 * (len(given) - 1), 400 + 200 * seconds)
-        self.assertEqual({answer.get("ename") for answer in answers if answer not in given}, {"RateLimited"})
+        refused = [answer for answer in answers if answer["status"] != "ok"]
+        self.assertGreater(len(refused), 0)
+        self.assertEqual({answer["ename"] for answer in refused}, {"RateLimited"})
         reply = alice.request("shell", "history_request", {"hist_access_type": "tail", "n": 9})
         self.assertEqual(reply.content["status"], "ok")
 
