@@ -376,7 +376,8 @@ class Floods(unittest.TestCase):
         wait_noted(lab, "more than 3 connections")
 
     def test_long_answers_count_as_many_and_who_reads_none_has_few_of_them(self):
-        lab = Lab(self, {"alice": "run", "bob": "view"})
+        # What takes longer than that is answered empty, and not long: a busy machine took more than one second.
+        lab = Lab(self, {"alice": "run", "bob": "view"}, "--set", "kernel.completion_seconds=60")
         alice, bob = lab.client("alice"), lab.client("bob", ready=False, channels=("shell",))
         for _ in range(10):
             alice.execute("x = '" + "x" * 100_000 + "'")
@@ -386,12 +387,9 @@ class Floods(unittest.TestCase):
         seconds = time.monotonic() - started
         self.assertEqual((answers[0]["status"], len(answers[0]["history"])), ("ok", 10))
         # 244 requests each; 400 there are at the beginning, 200 come each second, and the last may be owed.
-        # What takes a paused kernel longer than kernel.completion_seconds is answered empty, and not long.
-        given = [answer for answer in answers if answer["status"] == "ok" and answer["history"]]
+        given = [answer for answer in answers if answer["status"] == "ok"]
         self.assertLess(244 * (len(given) - 1), 400 + 200 * seconds)
-        refused = [answer for answer in answers if answer["status"] != "ok"]
-        self.assertGreater(len(refused), 0)
-        self.assertEqual({answer["ename"] for answer in refused}, {"RateLimited"})
+        self.assertEqual({answer.get("ename") for answer in answers if answer not in given}, {"RateLimited"})
         reply = alice.request("shell", "history_request", {"hist_access_type": "tail", "n": 9})
         self.assertEqual(reply.content["status"], "ok")
 
