@@ -31,6 +31,8 @@ def text_of(messages):
 
 class ClientCase(support.KernelCase):
     """One kernel for the class, and for each test a client of ours, self.ours, beside the raw one."""
+    # What takes longer than a second is answered empty, and the first of its kind may on a busy machine.
+    kernel_arguments = ("--set", "kernel.completion_seconds=60")
 
     def setUp(self):
         super().setUp()
