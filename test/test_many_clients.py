@@ -315,7 +315,7 @@ class ManyKernels(unittest.TestCase):
             self.assertEqual(len(set(addresses)), 5 * len(kernels))
             for number, kernel in enumerate(kernels):
                 client = kernel.client(self, ready=False)
-                client.wait_ready(60)
+                client.wait_ready(300)
                 self.assertEqual(client.execute(f"{number} + 1", deadline=60).value, str(number + 1))
                 client.close()
             for kernel in kernels:
