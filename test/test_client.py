@@ -150,14 +150,6 @@ class Requests(ClientCase):
         self.assertEqual(len(seen), len({message.msg_id for message in seen}))
         self.assertIn("b\n", text_of(seen))
 
-    def test_output_not_wanted_any_more_can_be_discarded(self):
-        pending = self.ours.execute_nowait("for i in range(20): print(i, flush=True)")
-        support.wait_until(lambda: pending.is_done)
-        self.assertGreater(pending.discard_output(), 3)
-        seen = []
-        self.assertEqual(pending.wait(0, on_output=seen.append).content["status"], "ok")
-        self.assertEqual(seen, [])
-
     def test_on_message_has_reply_and_output_without_anybody_waiting(self):
         seen, done = [], threading.Event()
 
@@ -336,6 +328,15 @@ class Control(ClientCase):
             raise KeyboardInterrupt
         reply = self.ours.execute("input()", on_input=answer, timeout=support.DEADLINE)
         self.assertEqual(reply.content["ename"], "KeyboardInterrupt")
+
+    def test_a_question_that_is_cancelled_or_whose_answer_fails_holds_up_nobody(self):
+        pending = self.ours.execute_nowait("input()", allow_stdin=True, stop_on_error=False)
+        support.wait_until(lambda: pending._inbox and pending._inbox[-1][0] == "stdin")
+        pending.cancel()
+        pending = self.ours.execute_nowait("input()", allow_stdin=True)
+        with self.assertRaises(LookupError):
+            pending.wait(support.DEADLINE, on_input=lambda prompt, password: {}["mine"])
+        self.assertEqual(pending.wait(support.DEADLINE).content["ename"], "EOFError")
 
     def test_without_on_input_the_cell_hears_that_nobody_answers(self):
         self.assertEqual(self.ours.execute("input()", timeout=support.DEADLINE).content["ename"],

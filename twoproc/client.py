@@ -177,22 +177,15 @@ class Pending:
                 raise self._timeout_error(timeout)
             self._bell.wait(left)
 
-    def discard_output(self) -> int:
-        """Forget the output that has arrived and was not handled yet; how many messages that was.
-
-        For a user who interrupted a flood.  Questions of the kernel are kept.
-        """
-        entries = [self._inbox.popleft() for _ in range(len(self._inbox))]
-        self._inbox.extendleft(entry for entry in reversed(entries) if entry[0] == "stdin")
-        output = [message for channel, message in entries if channel == "iopub"]
-        for message in output:
-            self._count_taken(message)
-        return len(output)
-
     def cancel(self) -> None:
         """Expect nothing more: what still comes is dropped.  The kernel is not told; that is `interrupt`."""
         self._finish()
-        self.discard_output()
+        with contextlib.suppress(IndexError):       # the inbox is empty
+            while True:
+                channel, message = self._inbox.popleft()
+                self._count_taken(message)
+                if channel == "stdin" and self.reply is None:
+                    self.client.answer(message, END_OF_INPUT)
 
     def _finish(self) -> None:
         self.client._forget(self)
@@ -226,14 +219,17 @@ class Pending:
 
     def _answer(self, message: Message, on_input: Callable | None) -> None:
         value = END_OF_INPUT
-        if on_input is not None:
-            try:
+        try:
+            if on_input is not None:
                 value = on_input(str(message.content.get("prompt", "")), message.content.get("password") is True)
-            except EOFError:
-                pass
-            except KeyboardInterrupt:
-                self.client.interrupt_nowait()      # the kernel's input() raises it there
-                return
+        except EOFError:
+            pass
+        except KeyboardInterrupt:
+            self.client.interrupt_nowait()      # the kernel's input() raises it there
+            return
+        except Exception:       # the caller shall have it, and the cell not wait
+            self.client.answer(message, END_OF_INPUT)
+            raise
         if self.reply is None:      # else the cell ended while the user was thinking: nobody asks any more
             self.client.answer(message, value)
 
@@ -697,7 +693,11 @@ class Client:
         if message.msg_type == "shutdown_reply" and message.content.get("status") != "error":
             self._shutdown = message
         if channel == "iopub":
-            self._note_output(message)
+            self._sees_output = True
+            if message.msg_type == "status":
+                self.execution_state = str(message.content.get("execution_state", ""))
+            for listener in self._listeners:
+                self._call(listener, message)
         pending = self._pending_of(message)
         if pending is not None:
             self._call(pending._receive, channel, message)
@@ -727,13 +727,6 @@ class Client:
         if not is_wanted:
             self._suspect_loss()
         self._channels.read_output(is_wanted)
-
-    def _note_output(self, message: Message) -> None:
-        self._sees_output = True
-        if message.msg_type == "status":
-            self.execution_state = str(message.content.get("execution_state", ""))
-        for listener in self._listeners:
-            self._call(listener, message)
 
     def _call(self, function: Callable, *arguments: Any) -> None:
         """Call a callback of our user; its mistake is shown, and the client lives on."""
