@@ -211,26 +211,25 @@ class InOrder:
         return channel != "control"
 
     def _is_next(self, message: Message) -> bool:
-        number = _number(message)
+        number, kernel = _number(message), message.header.get("session")
         if number is None:
             return True
-        if number != self._newest + 1 or message.header.get("session") != self._kernel:
-            if message.header.get("session") != self._kernel:
-                # What the first kernel said before is for `catch_up`; its successor we follow from the beginning.
-                is_first = self._kernel is None
-                if is_first and message.content.get("execution_state") == "idle":
-                    return self._is_news(message)       # repeated, maybe: then its number is an old one
-                self._kernel = message.header.get("session")
-                self._newest = number - 1 if is_first or self._why_not() else 0
-            if number <= self._newest:
-                # A kernel repeats the idles that a slow reader may have lost, with the numbers they had.
-                return message.msg_type == "status" and self._is_news(message)
-            if number > self._newest + 1:
-                reason = self._why_not()
-                if not reason:
-                    self._begin(message, number - 1)
-                    return False
-                self._miss(number - 1, reason, message)
+        if kernel != self._kernel:
+            # What the first kernel said before is for `catch_up`; its successor we follow from the beginning.
+            is_first = self._kernel is None
+            if is_first and message.content.get("execution_state") == "idle":
+                return self._is_news(message)       # repeated, maybe: then its number is an old one
+            self._kernel = kernel
+            self._newest = number - 1 if is_first or self._why_not() else 0
+        if number <= self._newest:
+            # A kernel repeats the idles that a slow reader may have lost, with the numbers they had.
+            return message.msg_type == "status" and self._is_news(message)
+        if number > self._newest + 1:
+            reason = self._why_not()
+            if not reason:
+                self._begin(message, number - 1)
+                return False
+            self._miss(number - 1, reason, message)
         self._newest = number
         return self._is_news(message)
 
