@@ -5,7 +5,7 @@ A ZeroMQ socket belongs to one thread.  Here that is `twoproc-io`, and `twoproc-
 else puts something into a Mailbox and that thread wakes.
 
     KernelChannels   shell, control and stdin ROUTERs, the iopub XPUB, and the outbox: one FIFO for all of them
-    Heartbeat        an echo that beats on while a cell holds the interpreter lock
+    beat             an echo that goes on while a cell holds the interpreter lock
 
 What crosses between threads is immutable: a Message, or an entry of the outbox.  What a message means is not
 known here: kernel.py says what to do with each, this file says when and on which thread.  The other end of the
@@ -156,11 +156,10 @@ class KernelChannels:
             remove_sockets(self._socket_files)
             raise
         self.info = info
-        self._heartbeat = Heartbeat(self._sockets.pop("hb"))
+        self._heartbeat = self._sockets.pop("hb")
         self._names = {sock: channel for channel, sock in self._sockets.items()}
         self.published = 0                          # twoproc_seq of the newest iopub message
         self._put_bytes = self._sent_bytes = 0      # what waits in the outbox, roughly: see _wait_for_room
-        self._outbox_limit = limits.outbox
         self._text_sent = 0.0
         self._head: list | None = None              # the iopub message that a full reader did not take
         self._has_more = False                      # the outbox, when _drain had to leave it
@@ -248,7 +247,7 @@ class KernelChannels:
     def start(self) -> None:
         if self._admission is not None:
             self._admission.start(dict(zip(CHANNELS, self._remote_ports())))
-        self._heartbeat.start()
+        own_thread("twoproc-heartbeat", lambda: beat(self._heartbeat))
         self._thread = own_thread("twoproc-io", self._run_or_die)
 
     def stop(self, seconds: float = 2.0) -> None:
@@ -273,7 +272,7 @@ class KernelChannels:
         buffers = [buffer if isinstance(buffer, bytes) else memoryview(buffer).tobytes() for buffer in buffers]
         metadata = seal(metadata, buffers)
         self._put_bytes += len(content) + sum(map(len, buffers)) + 64
-        if self._put_bytes - self._sent_bytes > self._outbox_limit:
+        if self._put_bytes - self._sent_bytes > self.limits.outbox:
             self._wait_for_room()
         self.outbox.put(Outgoing(channel, msg_type, content, parent, encode(metadata) if metadata else b"{}",
                                  buffers, identities, header))
@@ -286,7 +285,7 @@ class KernelChannels:
         """
         # Spelt out here, without a call for each step: these lines run for every word that is printed.
         self._put_bytes += len(text) + 64
-        if self._put_bytes - self._sent_bytes > self._outbox_limit:
+        if self._put_bytes - self._sent_bytes > self.limits.outbox:
             self._wait_for_room()
         self.outbox.append(tuple.__new__(Text, (name, text, parent)))
         # Looked at after the text is there: a cell that ends in this moment rings for its reply later.
@@ -315,13 +314,11 @@ class KernelChannels:
         # Back pressure, as in a terminal.  A sleep, not a condition: Ctrl-C may strike here, and so may a
         # signal handler that prints.  The two sums are not exact when threads race; an empty outbox resets
         # them, and a bound needs no more.  An empty outbox has room for anything, however large.
-        while self._put_bytes - self._sent_bytes > self._outbox_limit and self.outbox and not self._is_io_thread():
+        while self._put_bytes - self._sent_bytes > self.limits.outbox and self.outbox \
+                and threading.current_thread() is not self._thread:
             if self._stop_at is not None or self.may_not_wait():
                 return
             time.sleep(0.002)
-
-    def _is_io_thread(self) -> bool:
-        return threading.current_thread() is self._thread
 
     # -- called by handlers on twoproc-io
     def reply_now(self, channel: str, message: Message, msg_type: str, content: dict | bytes) -> None:
@@ -684,25 +681,15 @@ class SlowReaders:
             self._waiting_since = None
 
 
-class Heartbeat:
-    """Echoes what it is sent, in C and without the interpreter lock: thread `twoproc-heartbeat`.
+def beat(sock: zmq.Socket) -> None:
+    """Echo what is sent, in C and without the interpreter lock: thread `twoproc-heartbeat`.
 
     So a cell that computes for a minute in C does not look dead.  Frames over 1 kB cost the sender its
     connection (MAXMSGSIZE): an echo without a key must not amplify.  Ends when the context is terminated.
     """
-
-    def __init__(self, sock: zmq.Socket):
-        self._socket = sock
-
-    def start(self) -> None:
-        own_thread("twoproc-heartbeat", self._run)
-
-    def _run(self) -> None:
-        try:
-            zmq.proxy(self._socket, self._socket)
-        except zmq.ContextTerminated:
-            pass
-        self._socket.close(linger=0)
+    with contextlib.suppress(zmq.ContextTerminated):
+        zmq.proxy(sock, sock)
+    sock.close(linger=0)
 
 
 def _check_socket_path(path: str, channel: str) -> None:
@@ -726,10 +713,10 @@ def _own_sockets() -> Iterator[tuple[int, Any]]:
     except OSError:
         descriptors = range(3, 256)
     for descriptor in descriptors:
-        try:
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                with socket.socket(fileno=os.dup(descriptor)) as sock:
-                    name = sock.getsockname()
-                yield descriptor, name
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):      # it is none
+            sock = socket.socket(fileno=descriptor)
+            try:
+                name = sock.getsockname()
+            finally:
+                sock.detach()
+            yield descriptor, name

@@ -91,7 +91,8 @@ class Mailbox:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise queue.Empty
-            _wait_readable(self._reader, left)
+            # poll(), not select(): a process with more than 1024 descriptors waits too.
+            zmq.zmq_poll([(self._reader, zmq.POLLIN)], -1 if left is None else max(1, int(left * 1000)))
             self.silence()
         return self._items.popleft()
 
@@ -109,8 +110,3 @@ class Mailbox:
     def close(self) -> None:
         self._reader.close()
         self._writer.close()
-
-
-def _wait_readable(sock: socket.socket, timeout: float | None) -> None:
-    """poll(), not select(): a process with more than 1024 descriptors waits too."""
-    zmq.zmq_poll([(sock, zmq.POLLIN)], -1 if timeout is None else max(1, int(timeout * 1000)))
