@@ -36,24 +36,12 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from . import __version__, config, connection, crashlog
-from .access import Access, AccessLog, AuthorizedKeys
-from .access import NotAllowed as Forbidden
-from .access import RateLimited as TooOften
+from .access import Access, AccessLog, AuthorizedKeys, NotAllowed, RateLimited
 from .channels import KernelChannels, Limits, Listen, Text, check_curve
 from .crashlog import is_private
 from .mailbox import own_thread
 from .replies import Replies
-from .session import (
-    MESSAGES,
-    PROTOCOL_VERSION,
-    BadMessage,
-    Message,
-    NotAllowed,
-    RateLimited,
-    check_request,
-    encode,
-    timestamp,
-)
+from .session import MESSAGES, PROTOCOL_VERSION, BadMessage, Message, check_request, encode, timestamp
 from .sessionlog import Page, SessionLog
 from .streams import DescriptorCapture, InStream, OutStream, set_forked
 
@@ -66,7 +54,6 @@ logger = logging.getLogger(__package__)
 NUDGE_SECONDS = 0.1             # a cell that did not run for so long is blocked in a call
 GRACE = 1.0                     # seconds a running cell has to end when the kernel is told to
 EXIT_SECONDS = 2.0              # that functions registered with atexit have together
-EXIT_USAGE = 2
 LAST_INPUT_CHARS = 80
 LOG_PAGE = 1 << 20              # bytes of twoproc_log_reply, at most, to who comes with a key
 NO_INPUT = "this frontend did not offer to answer input(): its request had allow_stdin false"
@@ -79,8 +66,7 @@ class Kernel:
     Written once by whoever is first: `ending`, why the kernel ends.
     """
 
-    def __init__(self, channels: KernelChannels, completion_seconds: float = 1.0, orphan_timeout: float = 0,
-                 parent_pid: int = 0):
+    def __init__(self, channels: KernelChannels, completion_seconds: float = 1.0, orphan_timeout: float = 0):
         self.channels = channels
         self.running: Message | None = None
         self.ending: str | None = None
@@ -101,7 +87,7 @@ class Kernel:
         self.interpreter: Interpreter | None = None
         self._helpers = Helpers(self, completion_seconds)
         self._orphan_timeout = orphan_timeout
-        self._parent_pid = parent_pid
+        self._parent_pid = 0            # where there is no pidfd to watch
         self._alone_since = time.monotonic()
         self._end_at: float | None = None       # when a cell has had its time to end,
         self._exit_at: float | None = None      # and when `finish`, once it has begun, has had its own
@@ -180,7 +166,7 @@ class Kernel:
     def on_bad_message(self, channel: str, error: BadMessage) -> None:
         """An honest client with a bug must not wait for ever: an error reply, and idle."""
         message = error.message
-        if message.user and type(error) is BadMessage:
+        if message.user and error.name == "BadMessage":
             try:
                 self._check_access(message)
             except BadMessage as refusal:       # this comes before what else is wrong with it
@@ -189,12 +175,11 @@ class Kernel:
         kind = MESSAGES.get(message.msg_type)
         if channel == "stdin":
             return
-        name = type(error).__name__
-        content: dict[str, Any] = {"status": "error", "ename": name, "evalue": str(error),
-                                   "traceback": ["%s: %s" % (name, error)]}
+        content: dict[str, Any] = {"status": "error", "ename": error.name, "evalue": str(error),
+                                   "traceback": ["%s: %s" % (error.name, error)]}
         if kind is not None and kind.reply == "execute_reply":
             content["execution_count"] = self.execution_count
-        if isinstance(error, RateLimited):      # to the sender alone: others need not hear of it
+        if error.name == "RateLimited":         # to the sender alone: others need not hear of it
             if kind is not None and kind.reply is not None:
                 self.channels.reply_now(channel, message, kind.reply, content)
             return
@@ -203,15 +188,13 @@ class Kernel:
                 self.reply(message, kind.reply, content, channel)
 
     def _check_access(self, message: Message) -> None:
-        """Raises NotAllowed or RateLimited: for whoever is not of this machine, each message is looked at anew."""
+        """Raises BadMessage: for whoever is not of this machine, each message is looked at anew."""
         access, kind = self.channels.access, message.msg_type
         assert access is not None
         try:
             access.check(message.user, kind)
-        except TooOften as error:
-            raise RateLimited(str(error), message) from None
-        except Forbidden as error:
-            raise NotAllowed(str(error), message) from None
+        except (NotAllowed, RateLimited) as error:
+            raise BadMessage(str(error), message, type(error).__name__) from None
         if kind in ("execute_request", "interrupt_request", "shutdown_request"):
             access.note(kind.removesuffix("_request"), message.user)
 
@@ -424,7 +407,7 @@ class Kernel:
         if self._parent_pid and os.getppid() != self._parent_pid:
             self.abandon("its parent, process %d, has ended" % self._parent_pid)
         elif self._parent_pid:
-            waits.append(1.0)       # only where there is no pidfd to watch
+            waits.append(1.0)
         if self._orphan_timeout:
             if self.channels.subscribers or self.running is not None:
                 self._alone_since = now
@@ -516,7 +499,7 @@ class Kernel:
         elif message.user and self.channels.access is not None:
             try:
                 self.channels.access.charge(message.user, len(data))
-            except TooOften as error:
+            except RateLimited as error:
                 data = encode({"status": "error", "ename": "RateLimited", "evalue": str(error), "traceback": []})
         self.channels.send(channel, msg_type, data, message.header_bytes, identities=self._replies.route(message))
 
@@ -613,8 +596,9 @@ class Kernel:
         self._cells += 1
         self.channels.busy_parent = message.header_bytes
         self.interpreter.set_parent(message)
-        is_logged = self.log is not None and content["store_history"] and not content["silent"]
-        if content["store_history"] and not content["silent"] and not is_private(content["code"]):
+        is_stored = content["store_history"] and not content["silent"]
+        is_logged = self.log is not None and is_stored
+        if is_stored and not is_private(content["code"]):
             first, _, rest = content["code"].strip().partition("\n")
             self.last_input = first[:LAST_INPUT_CHARS] + ("..." if rest or len(first) > LAST_INPUT_CHARS else "")
         if is_logged:       # on disk before anybody hears of it
@@ -626,9 +610,8 @@ class Kernel:
                          parent=message)
             if content["store_history"]:        # else it is a frontend's own, and nobody looks
                 self._publish_notice(message)
-        reply = self.interpreter.execute(
-            content["code"], content["silent"], content["store_history"] and not content["silent"],
-            content["user_expressions"], message.metadata.get("cellId"), self.run_user_code)
+        reply = self.interpreter.execute(content["code"], content["silent"], is_stored, content["user_expressions"],
+                                         message.metadata.get("cellId"), self.run_user_code)
         if os.getpid() != self.process:
             self.exit_status = int(reply["status"] == "error")
             return
@@ -930,7 +913,7 @@ class Helpers:
 
     def expire(self, now: float) -> float | None:
         """Answer what is overdue; returns the seconds until the next may be."""
-        waiting = self._waiting = [task for task in self._waiting if not task.is_answered]
+        waiting = self._waiting = [task for task in self._waiting if not task.is_answered()]
         if not waiting or not self._ready:
             return None
         for task in waiting:
@@ -947,7 +930,7 @@ class Helpers:
     def _run(self) -> None:
         while True:
             task = self._tasks.get()
-            if task.is_answered:
+            if task.is_answered():
                 continue
             task.is_started = True
             try:
@@ -970,15 +953,13 @@ class Task:
 
     def __init__(self, message: Message, deadline: float):
         self.message, self.deadline = message, deadline
-        self.is_started = self.is_answered = False
+        self.is_started = False
         self.is_replaced = False    # twoproc-io's, decided before its claim: the thread that is late may go
         self._once = threading.Lock()
+        self.is_answered = self._once.locked
 
     def claim(self) -> bool:
-        if not self._once.acquire(blocking=False):
-            return False
-        self.is_answered = True
-        return True
+        return self._once.acquire(blocking=False)
 
 
 def tell(error: BaseException) -> None:

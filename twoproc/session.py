@@ -155,20 +155,12 @@ class SignatureError(MessageError):
 class BadMessage(MessageError):
     """Signed, with a usable header, but wrong: the sender gets an error reply with this text.
 
-    message: the Message, its content {} where that could not be read.
+    message: the Message, its content {} where that could not be read.  name: what the reply calls this error.
     """
 
-    def __init__(self, text: str, message: Message):
+    def __init__(self, text: str, message: Message, name: str = "BadMessage"):
         super().__init__(text)
-        self.message = message
-
-
-class NotAllowed(BadMessage):
-    """The sender's key does not have the right to this request."""
-
-
-class RateLimited(BadMessage):
-    """The sender's key asks more often than it may."""
+        self.message, self.name = message, name
 
 
 def check_request(message: Message, channel: str) -> dict:
