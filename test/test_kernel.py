@@ -319,6 +319,20 @@ class InputTests(KernelCase):
         self.client.answer(question, "an answer")
         self.assertEqual(self.client.result(msg_id).value, "'an answer'")
 
+    def test_a_client_whose_stdin_connects_late_is_asked_all_the_same(self):
+        """Five connections keep no order: what is sent to one that does not stand yet, ZeroMQ drops."""
+        early = support.Client(self.kernel.info, identity=b"late", channels=("shell", "iopub"))
+        self.addCleanup(early.close)
+        early.wait_ready()
+        msg_id = early.send_execute("print('now'); input('? ')", allow_stdin=True)
+        early.wait_text(msg_id, "now")
+        early.request("shell", "kernel_info_request")
+        late = support.Client(self.kernel.info, identity=b"late", channels=("stdin",))
+        self.addCleanup(late.close)
+        late.answer(late.take("stdin", what="the question"), "yes")
+        self.assertEqual(early.result(msg_id).value, "'yes'")
+        self.assertTrue(late.is_silent("stdin", 0.1))
+
     def test_getpass_asks_for_a_password(self):
         msg_id, question = self.ask("import getpass; len(getpass.getpass('secret: '))")
         self.assertEqual(question.content, {"prompt": "secret: ", "password": True})

@@ -158,6 +158,7 @@ class KernelChannels:
         self.info = info
         self._heartbeat = self._sockets.pop("hb")
         self._names = {sock: channel for channel, sock in self._sockets.items()}
+        self.is_unasked = False                     # who is to answer the latest question has not connected stdin yet
         self.published = 0                          # twoproc_seq of the newest iopub message
         self._put_bytes = self._sent_bytes = 0      # what waits in the outbox, roughly: see _wait_for_room
         self._text_sent = 0.0
@@ -203,6 +204,8 @@ class KernelChannels:
         if info.curve_secretkey and info.curve_publickey:
             sock.curve_server = True
             sock.curve_secretkey, sock.curve_publickey = info.curve_secretkey, info.curve_publickey
+        if channel == "stdin":
+            sock.setsockopt(zmq.ROUTER_MANDATORY, 1)    # of the others, what is for nobody is dropped
         url = info.url(channel)
         port = getattr(info, channel + "_port")
         umask = os.umask(0o077)                     # an ipc socket is a file
@@ -524,8 +527,11 @@ class KernelChannels:
                     self._publish(entry.msg_type, entry.content, entry.parent, entry.metadata, entry.buffers,
                                   b"".join(entry.identities))
                 else:
-                    frames = self.session.serialize(entry.msg_type, entry.content, entry.parent, header=entry.header)
-                    self._send(self._sockets[entry.channel], [*entry.identities, *frames])
+                    frames = [*entry.identities, *self.session.serialize(entry.msg_type, entry.content, entry.parent,
+                                                                         header=entry.header)]
+                    is_sent = self._send(self._sockets[entry.channel], frames)
+                    if entry.channel == "stdin":
+                        self.is_unasked = not is_sent
             else:
                 outbox.put_back(entry() or ())
 
@@ -636,8 +642,10 @@ class KernelChannels:
         try:
             # Copied, however large: what it was lent pyzmq frees as exit functions run, and ZeroMQ may still read it.
             sock.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            return False
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                return False
+            raise
         return True
 
     # -- called in a forked child

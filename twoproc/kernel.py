@@ -404,6 +404,9 @@ class Kernel:
             waits.append(0.02)
             self._nudge_if_blocked(now)
             self._interrupt_if_swallowed(now)
+            asking = self._asking
+            if self.channels.is_unasked and asking is not None:
+                self._send_question(asking)
         if self._parent_pid and os.getppid() != self._parent_pid:
             self.abandon("its parent, process %d, has ended" % self._parent_pid)
         elif self._parent_pid:
