@@ -1219,6 +1219,18 @@ class Lock(Case):
             os.close(writing)
             os.waitpid(child, 0)
 
+    def test_a_kernel_that_dies_while_it_recovers_leaves_no_lock_with_its_children(self):
+        session = self.dead()
+        child = self.process("with LoggedSession(%r, %r).take():\n"
+                             "    if os.fork() == 0:\n"
+                             "        os.close(1); os.close(2); sys.stdin.read(); os._exit(0)\n"
+                             "    say('taken')\n"
+                             "    os.kill(os.getpid(), 9)\n" % (session.folder, session.id))
+        self.assertEqual(self.line(child), "taken")
+        child.wait(DEADLINE)
+        with session.take():
+            session.append("recovered", by="me", how="replay")
+
     def test_a_session_that_is_being_recovered_still_died(self):
         session = self.dead()
         with session.take():

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from typing import Any, Iterable, Iterator, NamedTuple
 from zlib import crc32
 
 from . import __version__, connection
-from .connection import ConnectionFileError, is_same_file, open_private, try_lock, unlock
+from .connection import ConnectionFileError, is_same_file, open_private, try_lock
 
 VERSION = 1
 
@@ -489,11 +490,13 @@ class LoggedSession:
             if state == "unknown" and not anyway:
                 raise LockedError(f"session {self.id} may be running (pid {self.opened.get('pid')} "
                                   f"on {self.opened.get('host')}): nobody can tell from here", 3)
+            _let_go_at_fork()
             self._held = fd
+            _taken.add(fd)
             yield self
         finally:
             self._held = -1
-            unlock(fd)                  # closing is not enough if a cell that was run meanwhile has forked
+            _taken.discard(fd)
             os.close(fd)
 
     def append(self, k: str, **members: Any) -> None:
@@ -518,6 +521,20 @@ class LoggedSession:
             for suffix in (".bulk", ".bulk.1", ".fault", ".log", ".lock"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path(suffix))
+
+
+_taken: set[int] = set()        # the descriptors of sessions that this process holds
+
+
+@functools.cache
+def _let_go_at_fork() -> None:
+    """A cell that is run again may fork; by its copy of the descriptor the child would hold the lock as well."""
+    def in_child() -> None:
+        while _taken:
+            os.close(_taken.pop())
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=in_child)
 
 
 def _numbers(content: bytes) -> list[int]:
