@@ -196,7 +196,7 @@ class Authorizing(Commands):
         self.assertEqual(self.read(self.authorized), f"# keys\r\n\r\nnonsense é\n  view {BOB} bob\n")
 
     def test_a_key_is_revoked_by_name_key_or_fingerprint(self):
-        for who in (ALICE, fingerprint(ALICE), fingerprint(ALICE)[7:]):
+        for who in (ALICE, ALICE.upper(), fingerprint(ALICE), fingerprint(ALICE)[7:]):
             self.put(f"run {ALICE} alice\nrun {BOB} bob\n")
             with self.subTest(who=who):
                 self.assertEqual([key.name for key in keys.revoke(self.authorized, who)], ["alice"])
@@ -283,6 +283,10 @@ class Authorizing(Commands):
         elsewhere = os.path.join(self.home.path, "elsewhere", "deep", "keys")
         self.keys("--set", f"auth.authorized_keys={elsewhere}", "authorize", f"run {ALICE} alice")
         self.assertEqual(self.read(elsewhere), f"run {ALICE} alice\n")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_an_output_that_cannot_be_written_is_told_in_one_line(self):
+        self.keys("list", status=1, says="No space left", prefix=("sh", "-c", 'exec "$@" >/dev/full', "sh"))
 
     def test_what_lies_in_the_current_folder_is_not_used(self):
         for name in ("authorized_keys", "id_key", "host_key", "twoproc.ini"):

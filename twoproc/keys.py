@@ -66,15 +66,15 @@ def new_pair(path: str, name: str) -> KeyPair:
     try:
         make_folders(os.path.dirname(path))
         fd = open_private(path, os.O_WRONLY | os.O_CREAT)
+        try:
+            _write_out(fd, text)
+        except OSError:
+            os.unlink(path)
+            raise
     except FileExistsError as error:
         raise ConnectionFileError(f"{path}: there is a key already, and others may trust it; see it by "
                                   f"`{COMMAND} show`, or move it away first", 5) from error
     except OSError as error:
-        raise ConnectionFileError(f"{path}: {error.strerror}; no key was made", 5) from error
-    try:
-        _write_out(fd, text)
-    except OSError as error:
-        os.unlink(path)
         raise ConnectionFileError(f"{path}: {error.strerror}; no key was made", 5) from error
     return pair
 
@@ -149,7 +149,8 @@ def revoke(path: str, who: str) -> list[Key]:
     def change(text: str) -> str:
         kept = []
         for _, line, key in _lines(text):
-            if key and who in (key.name, key.key, fingerprint(key.key), fingerprint(key.key).partition(":")[2]):
+            if key and (who.lower() == key.key or who in (
+                    key.name, fingerprint(key.key), fingerprint(key.key).partition(":")[2])):
                 gone.append(key)
             else:
                 kept.append(line)
@@ -407,9 +408,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             chosen.command(chosen, settings)
         sys.stdout.flush()
-    except BrokenPipeError:         # `| head`; the interpreter shall not find out once more
+    except OSError as error:        # of the output, by `| head` for one; the interpreter shall not find out once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        if isinstance(error, BrokenPipeError):
+            return 128 + 13
+        print(f"twoproc.keys: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except (ConnectionFileError, config.ConfigError) as error:
