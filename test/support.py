@@ -146,8 +146,10 @@ class Process:
         return self.popen.poll() is None
 
     def signal(self, number):
-        """To the whole group, as a terminal does."""
+        """To the whole group, as a terminal does; SIGSTOP has stopped every thread when this returns."""
         os.killpg(self.pid, number)
+        if number == signal.SIGSTOP:
+            wait_until(lambda: os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG), what="the stop")
 
     def wait(self, deadline=DEADLINE):
         """The exit status (negative: the signal)."""
