@@ -692,6 +692,17 @@ class OwnFaultTests(unittest.TestCase):
         self.assertEqual(kernel.wait(), 70)
         self.assertIn("fault of twoproc's own", kernel.log())
 
+    def test_one_in_main_does_so_too_though_threads_of_the_user_go_on(self):
+        kernel = support.start_kernel(self)
+        client = kernel.client(self)
+        client.send("shell", "execute_request", {
+            "code": "import threading\nthreading.Thread(target=threading.Event().wait).start()\n"
+                    "get_ipython().interpreter.has_pending_tasks = None"})
+        self.assertEqual(kernel.wait(), 70)
+        self.assertIn("fault of twoproc's own", kernel.log())
+        self.assertIn("'NoneType' object is not callable", kernel.log())
+        self.assertFalse(os.path.exists(kernel.connection_file))
+
 
 if __name__ == "__main__":
     unittest.main()

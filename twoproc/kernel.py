@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from . import __version__, config, connection, crashlog
 from .access import Access, AccessLog, AuthorizedKeys, NotAllowed, RateLimited
-from .channels import KernelChannels, Limits, Listen, Text, check_curve
+from .channels import EXIT_FAULT, KernelChannels, Limits, Listen, Text, check_curve
 from .crashlog import is_private
 from .mailbox import own_thread
 from .replies import Replies
@@ -1131,6 +1131,9 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         kernel.note_fault()
         connection.remove_files(path, info)
         claim.release()
+        if kernel.interpreter is not None:      # threads of the user would keep what looks alive and runs nothing
+            logger.critical("a fault of twoproc's own ended the main thread, and with it the kernel", exc_info=True)
+            os._exit(EXIT_FAULT)
         raise
     kernel.finish()
     return kernel.exit_status

@@ -103,8 +103,11 @@ class Mailbox:
     def take(self, is_wanted: Callable[[Any], bool]) -> Iterator:
         """The items that are wanted, in order, each removed as it is asked for: Ctrl-C may strike in between."""
         for item in list(self._items):
-            if is_wanted(item) and item in self._items:     # else taken by whoever got the one before
-                self._items.remove(item)
+            if is_wanted(item):
+                try:
+                    self._items.remove(item)
+                except ValueError:      # taken by whoever got the one before
+                    continue
                 yield item
 
     def close(self) -> None:
