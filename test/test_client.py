@@ -489,6 +489,12 @@ class NotReadyCauses(unittest.TestCase):
         fake.close()
         self.assert_cause(fake.info, "refused", "nothing listens for shell at tcp://127.0.0.1:.*has the kernel ended")
 
+    def test_an_address_that_is_none(self):
+        info = FakeKernel(self).info._replace(ip="_none")
+        with mock.patch("sys.excepthook") as shown:
+            self.assert_cause(info, "refused", "no machine is called _none")
+        self.assertFalse(shown.called)
+
     def test_one_port_is_unreachable(self):
         fake = FakeKernel(self, is_busy=True)
         with socket.socket() as taken:      # so that nobody else listens there

@@ -69,6 +69,15 @@ class Listing(unittest.TestCase):
 
 class WhoIsThere(Listing):
 
+    def test_a_file_of_jupyters_with_an_address_that_is_none_hides_nobody(self):
+        self.kernel("lab")
+        members = {channel + "_port": number for number, channel in enumerate(support.CHANNELS, 5001)}
+        with open(os.path.join(self.jupyter, "kernel-odd.json"), "w") as file:
+            json.dump({"transport": "tcp", "ip": "_none", "key": "k", "signature_scheme": "hmac-sha256", **members},
+                      file)
+        os.chmod(file.name, 0o600)
+        self.assertEqual(list(self.wait_awake()), ["lab"])
+
     def test_each_kernel_is_a_line_that_says_who_where_and_what(self):
         folder = os.path.join(self.home.work, "pro ject")
         os.mkdir(folder)
