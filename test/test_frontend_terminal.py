@@ -608,6 +608,22 @@ class Several(TerminalCase):
         lines = self.alice.wait(lambda lines: lines[-1] == "In [4]: typing")
         self.assertFalse([line for line in lines if "typing" in line][:-1])
 
+    def test_a_completion_that_does_not_come_holds_no_key(self):
+        alice = self.open("--name", "deaf", "--set", "frontend.complete_seconds=60")
+        pid = int(alice.run("from helper import *; os.getpid()", 1)[-3].partition("Out[1]: ")[2])
+        bob = self.start("--quiet", "--existing", "deaf", user="bob")
+        bob.prompt(2)
+        bob.send("spin()\r")
+        alice.wait("bob In [2]: spin()")
+        os.kill(pid, signal.SIGSTOP)        # it would answer beside the cell
+        self.addCleanup(os.kill, pid, signal.SIGCONT)
+        alice.send("os.pa")
+        alice.wait("In [3]: os.pa")
+        alice.send("\t" + CTRL_C)
+        alice.wait(lambda lines: "In [3]:" in lines)
+        alice.send("os.pa\t\r")
+        alice.wait("queued (1 before: bob In [2])")
+
     def test_my_cell_waits_for_the_others_and_says_so(self):
         path = os.path.join(self.home.work, "alice-has-seen")
         self.bob.send(f"wait_file({path!r}); print('bob is done')\r")

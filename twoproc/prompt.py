@@ -1,12 +1,12 @@
 # Distributed under the terms of the BSD 3-Clause License.
 """The prompt: its keys, history, completion and colours, in the shapes that prompt_toolkit asks for.
 
-Made and run by terminal.py, in main; only completion runs in a thread of prompt_toolkit's.  What the prompt
-has to say to the rest (leave, a note for the toolbar) it puts into the terminal's inbox.  Imported on a
-terminal only, because prompt_toolkit is.
+Made and run by terminal.py, in main.  What the prompt has to say to the rest (leave) it puts into the
+terminal's inbox.  Imported on a terminal only, because prompt_toolkit is.
 """
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,7 +16,7 @@ from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
-from prompt_toolkit.completion import Completer, Completion, ThreadedCompleter
+from prompt_toolkit.completion import Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER, EditingMode
 from prompt_toolkit.filters import (Condition, emacs_insert_mode, has_completions, has_focus, has_selection,
@@ -35,6 +35,7 @@ from prompt_toolkit.styles import Style
 from .cells import check_complete
 from .client import Client, KernelDied
 from .crashlog import StateError, is_private, state_folder
+from .session import Message
 
 
 class Prompt:
@@ -56,7 +57,7 @@ class Prompt:
             message=self._message, prompt_continuation=self._continuation, multiline=True,
             editing_mode=EditingMode.VI if settings["frontend.editing"] == "vi" else EditingMode.EMACS,
             history=self.history, auto_suggest=AutoSuggestFromHistory(), enable_history_search=True,
-            completer=ThreadedCompleter(completer), complete_while_typing=False,
+            completer=completer, complete_while_typing=False,
             lexer=DynamicLexer(lambda: self.lexer), style=style_of(settings["frontend.colors"]) if colors else None,
             include_default_pygments_style=False, key_bindings=self._keys(), enable_suspend=True,
             color_depth=ColorDepth.DEPTH_4_BIT if colors else ColorDepth.DEPTH_1_BIT)
@@ -68,7 +69,6 @@ class Prompt:
         return "admin" if client is None else client.rights
 
     def _note(self, text: str) -> None:
-        """Run by the thread that completes, as prompt_toolkit allows."""
         self.note = text
         self.session.app.invalidate()
 
@@ -119,7 +119,7 @@ class Prompt:
 
     def _enter(self, buffer: Any) -> None:
         """Run the cell, or begin another line of it."""
-        if buffer.complete_state is not None:
+        if buffer.complete_state is not None and buffer.complete_state.completions:
             if buffer.complete_state.current_completion is not None:
                 buffer.apply_completion(buffer.complete_state.current_completion)
             else:
@@ -244,8 +244,9 @@ def history_path() -> str | None:
 
 
 class KernelCompleter(Completer):
-    """Asks the kernel, in a thread of prompt_toolkit's, for a limited time; late answers find nobody.
+    """Asks the kernel, for a limited time; late answers find nobody.
 
+    Not in a thread: prompt_toolkit would wait for that before Enter or Ctrl-C could end the prompt.
     client: () -> the Client or None.  note: called with a word for the user when there is no answer.
     """
 
@@ -253,6 +254,9 @@ class KernelCompleter(Completer):
         self._client, self._busy_seconds, self._note = client, busy_seconds, note
 
     def get_completions(self, document, complete_event):
+        raise NotImplementedError("the kernel's answer has to be waited for: get_completions_async")
+
+    async def get_completions_async(self, document, complete_event):
         client = self._client()
         if client is None or client.is_lost:
             return
@@ -261,13 +265,31 @@ class KernelCompleter(Completer):
             return
         # The limit is for a kernel that has something else to do; one at rest may be loading its completer.
         seconds = self._busy_seconds if client.execution_state == "busy" else 3.0
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Message] = loop.create_future()
+
+        def take(message: Message) -> None:
+            """Run by twoproc-client."""
+            if message.msg_type == "complete_reply":
+                with contextlib.suppress(RuntimeError):     # the prompt has just ended
+                    loop.call_soon_threadsafe(arrive, message)
+
+        def arrive(message: Message) -> None:
+            if not answer.done():
+                answer.set_result(message)
+
         try:
-            content = client.complete(document.text, document.cursor_position, timeout=seconds).content
-        except TimeoutError:
+            pending = client.submit("complete_request", {
+                "code": document.text, "cursor_pos": document.cursor_position}, on_message=take)
+        except (KernelDied, ValueError):        # it is ending, or we are
+            return
+        try:
+            content = (await asyncio.wait_for(answer, seconds)).content
+        except asyncio.TimeoutError:
             self._note("kernel busy")
             return
-        except (KernelDied, OSError, ValueError, RuntimeError):     # it is ending, or we are
-            return
+        finally:
+            pending.cancel()
         start, end = content.get("cursor_start"), content.get("cursor_end")
         if content.get("status") != "ok" or type(start) is not int or type(end) is not int:
             return

@@ -4,7 +4,6 @@
     main              reads the user, writes the screen, and decides; nobody else does any of these
     twoproc-client    hears the kernel (client.py) and puts what it hears into the Inbox
     twoproc-connect   lives for a moment as we start: finds the kernel while the prompt is already up
-    completion        a thread of prompt_toolkit's for each Tab
 
 Main waits in one of two places: in prompt_toolkit while a prompt is up, in Inbox.get while our cell runs.  In
 both it empties the same Inbox, so messages keep their order and one thread owns the cursor.  Beside a prompt
