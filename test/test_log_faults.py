@@ -12,8 +12,10 @@ import subprocess
 import threading
 import time
 import unittest
+from unittest import mock
 
 from twoproc import crashlog, recovery
+from twoproc.sessionlog import SessionLog
 
 from . import support
 from .support import wait_until
@@ -282,6 +284,29 @@ class OnASmallDisk(Mistreated):
         kernel.popen.kill()
         kernel.wait()
         self.assertEqual((session.state(), session.killer), ("died", None))
+
+
+class OnASlowDisk(Logged):
+    def test_a_ring_that_turns_while_the_log_is_synced_is_no_trouble(self):
+        warnings, print_more = [], iter(range(1, 100))
+        log = SessionLog("kernel.json", crashlog.Limits(per_cell=100, backlog=1000), warnings.append)
+        self.addCleanup(log.close, "test")
+        self.addCleanup(log.fault.close)
+        log.open("9")
+        log.begin(b"{}", "cell", "pass", 1)
+        while log._bulk is None:
+            log.published("stream", next(print_more), b'{"text":"x"}', b"{}")
+        bulk, synced = log._bulk, os.fdatasync
+
+        def slow_sync(descriptor):
+            while bulk.fd >= 0:
+                log.published("stream", next(print_more), b'{"text":"x"}', b"{}")
+            synced(descriptor)
+        log._ending.set()
+        log._wake.put(False)
+        with mock.patch.object(os, "fdatasync", slow_sync):
+            log._sync()
+        self.assertEqual((warnings, log.is_on), ([], True))
 
 
 class KilledAtAnyMoment(Logged):

@@ -62,6 +62,10 @@ def _embed(raw: bytes) -> bytes:
         return b"{}"
 
 
+def _sealed(n: int, kind: bytes, members: bytes, content: bytes = b"") -> bytes:
+    return seal(b'{"n":%d,"k":"%b","t":%.3f%b' % (n, kind, time.time(), members), content)
+
+
 def _working_folder() -> str:
     try:
         return os.getcwd()
@@ -136,12 +140,12 @@ class _File:
 class _Cell:
     """What has become of the output of one cell.  room: what is left of its first half, which goes to S.log."""
 
-    __slots__ = ("of", "parent", "room", "is_private", "is_ended", "tail", "tail_bytes", "first", "records", "bytes")
+    __slots__ = ("of", "room", "is_private", "is_ended", "tail", "tail_bytes", "first", "records", "bytes")
 
-    def __init__(self, of: bytes, parent: bytes, room: int, is_private: bool = False) -> None:
-        self.of, self.parent, self.room, self.is_private = of, parent, room, is_private
+    def __init__(self, of: bytes, room: int, is_private: bool = False) -> None:
+        self.of, self.room, self.is_private = of, room, is_private
         self.is_ended = False
-        self.tail: list[tuple[int, int, bytes]] = []    # (n, seq, line): its newest half, while it runs; a few hundred
+        self.tail: deque[tuple[int, int, bytes]] = deque()      # (n, seq, line): its newest half, while it runs
         self.tail_bytes = self.first = self.records = self.bytes = 0
 
 
@@ -199,7 +203,7 @@ class SessionLog:
         self._is_closed = False
         self._cells: dict[bytes, _Cell] = {}        # by the header of the request, as it came
         self._parents: dict[bytes, bytes] = {}      # the header by its msg_id
-        self._no_cell = _Cell(b"", b"", limits.per_cell >> 1)
+        self._no_cell = _Cell(b"", limits.per_cell >> 1)
         self._no_cell.is_ended = True
         self._private_key = os.urandom(32)          # never written: a hash tells nobody else what the code was
         self._spans: list[_Span] = []
@@ -235,10 +239,11 @@ class SessionLog:
         self._opening = b"," + encode(members).encode("ascii")[1:-1]
         self._record(b"open", self._opening)
 
-    def begin(self, parent: bytes, msg_id: str, code: str, ec: int, cell_id: Any = None, file: str = "") -> None:
+    def begin(self, parent: bytes, msg_id: str, code: str, ec: int, cell_id: str | None = None,
+              file: str = "") -> None:
         """A cell is about to run.  parent: the header of its request, as it came; file: its name in tracebacks."""
         self._begin(parent, msg_id, b',"ec":%d,"code":%b,"file":%b,"cell":%b' % (
-            ec, as_text(code), as_text(file), as_text(cell_id if isinstance(cell_id, str) else None)), False)
+            ec, as_text(code), as_text(file), as_text(cell_id)), False)
 
     def begin_private(self, parent: bytes, msg_id: str, code: str, ec: int) -> None:
         """The same for a cell of which only hash and length are kept, and no output."""
@@ -251,7 +256,7 @@ class SessionLog:
             return
         of = as_text(msg_id)
         with self._lock:
-            self._cells[parent] = _Cell(of, parent, self.limits.per_cell >> 1, is_private)
+            self._cells[parent] = _Cell(of, self.limits.per_cell >> 1, is_private)
             self._parents[of] = parent
             if len(self._cells) > CELLS:
                 # With a default: two clients may have counted their messages from 1.
@@ -368,12 +373,10 @@ class SessionLog:
                     return
                 if of:
                     seq = self._seq + 1 if seq is None else seq
-                    head = b'{"n":%d,"k":"%b","t":%.3f,"seq":%d,"of":%b%b' % (n, kind, time.time(), seq, of, members)
-                elif seq is not None:
-                    head = b'{"n":%d,"k":"%b","t":%.3f,"seq":%d%b' % (n, kind, time.time(), seq, members)
-                else:
-                    head = b'{"n":%d,"k":"%b","t":%.3f%b' % (n, kind, time.time(), members)
-                line = seal(head, content) if content else seal(head)
+                    members = b',"of":%b%b' % (of, members)
+                if seq is not None:
+                    members = b',"seq":%d%b' % (seq, members)
+                line = _sealed(n, kind, members, content)
                 file = self._log if cell is None else self._file_for(cell, n, seq or 0, line)
                 assert file is not None
                 self._append(file, line, n, seq)
@@ -401,9 +404,9 @@ class SessionLog:
 
     def _put(self, kind: bytes, members: bytes) -> bool:
         """Append a record of our own making to S.log, under the lock; OSError."""
-        self._n = n = self._n + 1
+        self._n += 1
         assert self._log is not None
-        self._append(self._log, seal(b'{"n":%d,"k":"%b","t":%.3f%b' % (n, kind, time.time(), members)), n)
+        self._append(self._log, _sealed(self._n, kind, members), self._n)
         return True
 
     def _append(self, file: _File, line: bytes, n: int, seq: int | None = None) -> None:
@@ -511,7 +514,7 @@ class SessionLog:
             cell.tail.append((n, seq, line))
             cell.tail_bytes += len(line)
             while cell.tail_bytes > self.limits.per_cell >> 1:
-                cell.tail_bytes -= len(cell.tail.pop(0)[2])
+                cell.tail_bytes -= len(cell.tail.popleft()[2])
         if self._bulk is None:
             self._bulk = _File(os.path.join(self.folder, self.id + ".bulk"))
         bulk = self._bulk
@@ -586,13 +589,12 @@ class SessionLog:
         while self.limits.fsync == "interval" and self._wake.get():
             self._ending.wait(SYNC_SECONDS)
             self._is_dirty = False      # before the sync: what is written during it has its own
-            try:
-                for file in (self._log, self._bulk):
-                    if file is not None and not self._is_closed:
-                        file.sync()
-            except Exception as error:  # the outermost loop of a thread
-                if not self._is_closed:
-                    self._fail(error)
+            for file in filter(None, (self._log, self._bulk)):
+                try:
+                    file.sync()
+                except Exception as error:      # the outermost loop of a thread
+                    if file.fd >= 0:            # else it was closed meanwhile: the ring has turned, the session ended
+                        self._fail(error)
 
     # -- for the living kernel's clients, by twoproc-io
 
