@@ -454,6 +454,18 @@ class TheSuccessor(Logged):
         replayed = client.execute("%recover replay", answers=["y"])
         self.assertEqual(client.execute("x").value, "20", replayed)
 
+    def test_replays_in_one_process_where_a_cell_forks(self):
+        kernel, client = self.start()
+        client.execute("import os\npid = os.fork()")
+        client.execute("print('second')")
+        client.send_execute("os._exit(3)")
+        kernel.wait()
+        again = support.Kernel(self, successor_of=kernel)
+        again.wait_file()
+        client = again.client(self)
+        self.assertEqual(client.execute("%recover replay", answers=["y"]).text().count("\nsecond"), 1)
+        self.assertEqual(client.execute("os.waitpid(pid, 0)[1]").value, "0")
+
     def test_that_dies_of_a_replayed_cell_names_that_cell(self):
         _, kernel, client = self.succeed()
         client.send_execute("%recover replay 2", allow_stdin=True)

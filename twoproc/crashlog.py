@@ -478,7 +478,9 @@ class LoggedSession:
             fd = open_private(self.path(".log"), os.O_RDWR | os.O_APPEND)
         except (OSError, ConnectionFileError) as error:
             raise LockedError(f"session {self.id} is gone, or cannot be read ({error})", 2) from error
+        _taken.add(fd)
         try:
+            _let_go_at_fork()
             if try_lock(fd) is False:
                 raise LockedError(f"session {self.id} is being recovered by somebody else", 3)
             if not is_same_file(fd, self.path(".log")):     # unlinked between our open and our lock
@@ -490,14 +492,13 @@ class LoggedSession:
             if state == "unknown" and not anyway:
                 raise LockedError(f"session {self.id} may be running (pid {self.opened.get('pid')} "
                                   f"on {self.opened.get('host')}): nobody can tell from here", 3)
-            _let_go_at_fork()
             self._held = fd
-            _taken.add(fd)
             yield self
         finally:
             self._held = -1
-            _taken.discard(fd)
-            os.close(fd)
+            if fd in _taken:            # else we are a child, which fell out of a cell that was run again
+                _taken.remove(fd)
+                os.close(fd)
 
     def append(self, k: str, **members: Any) -> None:
         """Write one more record, under `take`; OSError."""

@@ -367,8 +367,12 @@ def _agreed(session: LoggedSession, selection: str, ask: Callable[[str], str],
 
 def _run_all(cells: list[LoggedCell], run: Callable[[LoggedCell], bool], say: Callable[[str], None]) -> bool:
     """Run them up to the first error that is new: what failed in the session may fail again."""
+    process = os.getpid()
     for at, cell in enumerate(cells, 1):
-        if not run(cell) and cell.ok is not False:
+        is_ok = run(cell)
+        if os.getpid() != process:      # a child of os.fork(), which falls out of this cell as it did out of that one
+            return False
+        if not is_ok and cell.ok is not False:
             rest = ", ".join(map(cell_name, cells[at:]))
             say("stopped at %s%s" % (cell_name(cell), rest and "; not run: " + rest))
             return False
