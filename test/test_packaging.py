@@ -108,7 +108,10 @@ class OldestRequirements(unittest.TestCase):
             if fetch(bound).returncode:
                 self.skipTest(f"{bound} was not made for Python {sys.version_info[0]}.{sys.version_info[1]}: "
                               "pip takes a newer one here")
-        done = run(*pip, "install", "-q", "--only-binary", ":all:", *bounds)
+        for _ in range(3):      # an index that was there may be out of reach for a moment
+            done = run(*pip, "install", "-q", "--only-binary", ":all:", *bounds)
+            if not done.returncode:
+                break
         self.assertEqual(done.returncode, 0, done.stdout)
         return python
 
