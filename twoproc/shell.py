@@ -40,7 +40,7 @@ from IPython.core.compilerop import CachingCompiler
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.error import StdinNotImplementedError, UsageError
-from IPython.core.interactiveshell import InteractiveShell, InteractiveShellABC
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.shellapp import InteractiveShellApp
 from IPython.paths import get_ipython_dir
@@ -825,9 +825,6 @@ class ZMQInteractiveShell(InteractiveShell):
 
     def reset_thread_parent(self, token: contextvars.Token) -> None:
         self.interpreter.parent.reset(token)
-
-
-InteractiveShellABC.register(ZMQInteractiveShell)
 
 
 def without_mark(lines: list[str]) -> list[str]:

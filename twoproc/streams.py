@@ -31,26 +31,17 @@ class OutStream(io.TextIOBase):
     prints does not notice.
     """
 
+    mode = "w"
+    encoding = "utf-8"
     errors = "backslashreplace"
 
     def __init__(self, name: str, descriptor: int, write: Callable[[str], None],
                  before_write: Callable[[], None] | None = None):
-        self._name, self._descriptor, self._write, self._before_write = name, descriptor, write, before_write
+        self.name = "<%s>" % name
+        self._descriptor, self._write, self._before_write = descriptor, write, before_write
         self._checked = 0.0
         self._line = ""             # in a forked child: what waits for the end of its line
         self._bytes: _Bytes | None = None
-
-    @property
-    def name(self) -> str:
-        return "<%s>" % self._name
-
-    @property
-    def encoding(self) -> str:      # type: ignore[override]
-        return "utf-8"
-
-    @property
-    def mode(self) -> str:
-        return "w"
 
     @property
     def buffer(self) -> io.BufferedIOBase:
@@ -135,17 +126,14 @@ class _Bytes(io.BufferedIOBase):
 class InStream(io.TextIOBase):
     """sys.stdin of the kernel: `ask(prompt, password)` gives a line; EOFError from it is the end of the file."""
 
+    name = "<stdin>"
+    mode = "r"
+    encoding = "utf-8"
+    errors = "strict"
+
     def __init__(self, ask: Callable[[str, bool], str]):
         self._ask = ask
         self._rest = ""
-
-    name = "<stdin>"
-    mode = "r"
-    errors = "strict"
-
-    @property
-    def encoding(self) -> str:      # type: ignore[override]
-        return "utf-8"
 
     def readable(self) -> bool:
         return True
@@ -292,10 +280,7 @@ class DescriptorCapture:
 
 def _waited_children() -> int:
     """A number that grows with each child process that was waited for."""
-    try:
-        import resource         # not on Windows
-    except ImportError:
-        return 0
+    import resource             # not on Windows, which has no waitid either
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
 
 
