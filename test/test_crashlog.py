@@ -1222,8 +1222,10 @@ class Lock(Case):
     def test_a_kernel_that_dies_while_it_recovers_leaves_no_lock_with_its_children(self):
         session = self.dead()
         child = self.process("with LoggedSession(%r, %r).take():\n"
+                             "    reading, writing = os.pipe()\n"
                              "    if os.fork() == 0:\n"
-                             "        os.close(1); os.close(2); sys.stdin.read(); os._exit(0)\n"
+                             "        os.close(1); os.close(2); os.write(writing, b'x'); sys.stdin.read(); os._exit(0)\n"
+                             "    os.read(reading, 1)\n"
                              "    say('taken')\n"
                              "    os.kill(os.getpid(), 9)\n" % (session.folder, session.id))
         self.assertEqual(self.line(child), "taken")

@@ -679,6 +679,13 @@ def try_lock(fd: int, shared: bool = False) -> bool | None:
     return True
 
 
+def unlock(fd: int) -> None:
+    """Let go of the lock also where a forked child has this descriptor; Windows has no such children."""
+    with contextlib.suppress(OSError):
+        if sys.platform != "win32":
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def is_same_file(fd: int, path: str) -> bool:
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))

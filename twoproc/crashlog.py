@@ -33,7 +33,7 @@ from typing import Any, Iterable, Iterator, NamedTuple
 from zlib import crc32
 
 from . import __version__, connection
-from .connection import ConnectionFileError, is_same_file, open_private, try_lock
+from .connection import ConnectionFileError, is_same_file, open_private, try_lock, unlock
 
 VERSION = 1
 
@@ -498,6 +498,7 @@ class LoggedSession:
             self._held = -1
             if fd in _taken:            # else we are a child, which fell out of a cell that was run again
                 _taken.remove(fd)
+                unlock(fd)              # a child that was just forked may not have closed its copy yet
                 os.close(fd)
 
     def append(self, k: str, **members: Any) -> None:
