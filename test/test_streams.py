@@ -478,6 +478,14 @@ class ForkTests(unittest.TestCase):
         self.client.collect()
         self.assertEqual([message.msg_type for message in self.client.inbox["shell"]], [])
 
+    def test_a_child_of_a_task_between_two_cells_does_not_wait_for_the_next(self):
+        msg_id = self.client.send_execute(
+            "import asyncio, os, threading\nends, keeps = os.pipe()\ndef fork():\n    if os.fork():\n"
+            "        os.close(keeps)\n        threading.Thread(target=lambda: print(os.read(ends, 1), 'ended')).start()\n"
+            "_ = asyncio.get_event_loop().call_later(0.01, fork)")
+        self.client.wait_text(msg_id, "ended")
+        self.run_cell("os.wait()")
+
     def test_a_child_that_asks_finds_the_end_of_the_file(self):
         code = ("import os\npid = os.fork()\nif not pid:\n    try: {}\n    except EOFError: print('the end')\n"
                 "    os._exit(0)\nos.waitpid(pid, 0)[1]")

@@ -821,6 +821,9 @@ class Kernel:
             if getattr(signal.getsignal(number), "is_ours", False):
                 signal.signal(number, signal.SIG_DFL)
         self.channels.close_in_child()
+        if self.running is None and self.interpreter is not None and self.interpreter.has_pending_tasks():
+            # By a task between two cells: it must not wait beside us for the next request, whose bell would ring once.
+            self.interpreter.loop.call_soon(self._end_child)
 
     def _end_child(self) -> None:
         """A child of fork fell out of its cell: it must not go on as a second kernel."""
