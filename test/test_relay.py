@@ -21,8 +21,8 @@ from .test_conformance import needs
 
 TIMEOUT = 30
 START = ("import sys, types; from twoproc import connection, relay\n"
-         "sys.modules['twoproc.remote'] = types.SimpleNamespace("
-         "reach=lambda target, settings: connection.read_connection_file(target))\n"
+         "sys.modules['twoproc.remote'] = types.SimpleNamespace(reach=lambda target, settings: "
+         "connection.read_connection_file(target)._replace(extra={'twoproc_remote': True}))\n"
          "sys.exit(relay.main())")
 
 
@@ -52,13 +52,13 @@ def start_relay(case, kernel, *arguments, **options):
 class Cable:
     """Five forwarded tcp ports, all of which can be cut for a while: then nothing passes and nobody is told."""
 
-    def __init__(self, case, kernel):
-        self.ports, self._targets = {"ip": "127.0.0.1"}, {}
+    def __init__(self, case, kernel, ip="127.0.0.1"):
+        self.ports, self._targets = {"ip": ip}, {}
         self._selector = selectors.DefaultSelector()
         self._is_cut = self._is_ended = False
         self._lock = threading.Lock()
         for channel in support.CHANNELS:
-            listener = socket.create_server(("127.0.0.1", 0))
+            listener = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
             listener.settimeout(support.DEADLINE)
             self.ports[channel + "_port"] = listener.getsockname()[1]
             self._selector.register(listener, selectors.EVENT_READ, kernel.info[channel + "_port"])
@@ -406,6 +406,25 @@ class TheLink(unittest.TestCase):
             self.assertEqual(self.client.result(msg_id).status, "ok")
         self.assertEqual(self.client.execute("order").value, "[1, 2]")
 
+    def test_cut_while_a_local_reader_is_full_it_comes_back(self):
+        self.relay.client(self, options=((zmq.RCVHWM, 1),))         # reads no more
+        msg_id = self.client.send_execute("for n in range(1_500): print(str(n) + '.' * 60_000)")
+        lines = []
+
+        def is_quiet():
+            self.client.collect(0.3)
+            lines.extend(message.content["text"] for message in self.client.inbox["iopub"]
+                         if message.msg_type == "stream")
+            is_over = len(lines) > 100 and not self.client.inbox["iopub"]
+            self.client.inbox["iopub"].clear()
+            return is_over
+        support.wait_until(is_quiet, what="the relay to wait for the reader")
+        self.cable.cut()
+        self.cable.lose()
+        support.wait_until(lambda: "the link is lost" in self.relay.log(), what="what the user is told")
+        self.cable.mend()
+        self.assertEqual(self.client.result(msg_id, deadline=60).status, "ok")
+
     def test_what_has_no_signature_gets_none_from_the_relay(self):
         """Over loopback tcp any user of this machine may talk to it."""
         stranger = self.relay.client(self, ready=False, key=b"another key", channels=("shell",))
@@ -428,6 +447,18 @@ class TheLink(unittest.TestCase):
             self.cable.mend()
             reply = pending.wait(TIMEOUT, on_output=lambda message: text.append(message.content.get("text", "")))
             self.assertEqual((reply.content["status"], "".join(text)), ("ok", "".join(f"{n}\n" for n in range(10))))
+
+
+class OverIPv6(unittest.TestCase):
+
+    def test_a_kernel_is_reached(self):
+        kernel = support.start_kernel(self, "--transport", "tcp")
+        try:
+            cable = Cable(self, kernel, "::1")
+        except OSError as error:
+            self.skipTest(str(error))
+        client = start_relay(self, kernel, through=cable).client(self)
+        self.assertEqual(client.execute("1 + 1").value, "2")
 
 
 @needs("jupyter_client")

@@ -206,25 +206,10 @@ class KernelChannels:
             sock.curve_secretkey, sock.curve_publickey = info.curve_secretkey, info.curve_publickey
         if channel == "stdin":
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)    # of the others, what is for nobody is dropped
-        url = info.url(channel)
-        port = getattr(info, channel + "_port")
-        umask = os.umask(0o077)                     # an ipc socket is a file
-        try:
-            if info.transport == "ipc":
-                _check_socket_path(url[len("ipc://"):], channel)
-            elif port == 0:
-                url = url[:url.rindex(":")] + ":*"
-            sock.bind(url)
-        except zmq.ZMQError as error:
-            raise ConnectionFileError("%s: cannot listen for %s: %s; choose another address, or stop the program "
-                                      "that has it" % (url, channel, error.strerror), 4) from None
-        finally:
-            os.umask(umask)
+        info = bind(sock, info, channel)
         if info.transport == "ipc":
-            self._socket_files.append(url[len("ipc://"):])
-        elif port == 0:
-            port = int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        return info._replace(**{channel + "_port": port})
+            self._socket_files.append(info.url(channel)[len("ipc://"):])
+        return info
 
     def _listen(self, listen: Listen) -> int:
         """Bind five ports in a row; all of them, or none and the next five are tried.  Returns the first."""
@@ -659,6 +644,30 @@ class KernelChannels:
         for descriptor, name in list(_own_sockets()):
             if name[1] in ours if isinstance(name, tuple) else str(name).startswith(self.info.ip + "-"):
                 os.close(descriptor)
+
+
+def bind(sock: zmq.Socket, info: ConnectionInfo, channel: str) -> ConnectionInfo:
+    """Bind the socket of a channel, port 0 meaning any; returns `info` with the port there is.
+
+    Raises ConnectionFileError, exit code 4 or 5.
+    """
+    url, port = info.url(channel), info.port(channel)
+    umask = os.umask(0o077)                     # an ipc socket is a file
+    try:
+        if info.transport == "ipc":
+            _check_socket_path(url[len("ipc://"):], channel)
+        elif port == 0:
+            url = url[:url.rindex(":")] + ":*"
+        sock.bind(url)
+    except zmq.ZMQError as error:
+        raise ConnectionFileError("%s: cannot listen for %s: %s; choose another address, or stop the program "
+                                  "that has it" % (url, channel, error.strerror), 4) from None
+    finally:
+        os.umask(umask)
+    if info.transport != "ipc" and port == 0:
+        port = int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+    ports: dict[str, Any] = {channel + "_port": port}
+    return info._replace(**ports)
 
 
 class SlowReaders:

@@ -333,9 +333,10 @@ class Client:
         self._session = Session(self.info.key, self.info.signature_scheme, username=username,
                                 max_frames=1 << 16, max_message=1 << 31)
         self.session, self.username = self._session.session, self._session.username
-        options = {} if heartbeat is None else {"heartbeat": heartbeat}
-        self._channels = ClientChannels(self.info, self._session, on_messages=self._receive, on_link=self._hear_link,
-                                        on_tick=self._tick, on_end=self._end, **options)
+        options: dict[str, Any] = {} if heartbeat is None else {"heartbeat": heartbeat}
+        self._channels = ClientChannels(self.info, self._session.deserialize, on_messages=self._receive,
+                                        on_link=self._hear_link, on_tick=self._tick, on_end=self._end, **options)
+        self._channels.start()
         if self.process is not None:
             self.process.on_death(self.tell_death)
         else:

@@ -16,7 +16,8 @@ import os
 import queue
 import threading
 import time
-from typing import Any, Callable
+from types import MappingProxyType
+from typing import Any, Callable, Mapping
 
 import zmq
 
@@ -75,18 +76,24 @@ class ClientChannels:
     on_end(error)        the thread is about to end: None after `close`, else the exception that ended it
     """
 
-    def __init__(self, info: ConnectionInfo, session: Session, *, on_messages: Callable[[list], None],
-                 on_link: Callable[[str], None], on_tick: Callable[[], float | None],
-                 on_end: Callable[[BaseException | None], None], heartbeat: float = HEARTBEAT_SECONDS):
-        """heartbeat: seconds between two pings, 0 for none."""
+    def __init__(self, info: ConnectionInfo, read: Callable[[list[bytes]], Any], *,
+                 on_messages: Callable[[list], None], on_link: Callable[[str], None],
+                 on_tick: Callable[[], float | None], on_end: Callable[[BaseException | None], None],
+                 heartbeat: float = HEARTBEAT_SECONDS, options: Mapping[str, dict] = MappingProxyType({})):
+        """Nothing happens before `start`.
+
+        read: Session.deserialize; what else it makes of a message's frames, on_messages is given instead.
+        heartbeat: seconds between two pings; 0 for none, and what comes on hb is a message like others.
+        options: of ZeroMQ for the socket of a channel, in place of ours.
+        """
         self.info = info
-        self.session = session
         self.outbox = Mailbox()
         self.link = ""                      # the latest event, see on_link
         self.bad_signatures = 0             # messages dropped because their signature is not ours
         self.bad_messages = 0               # and dropped for anything else that is wrong with them
         self.silent_since: float | None = None      # time.monotonic() of the oldest ping without an answer
         self.answered_at: float | None = None       # and of the latest answer
+        self._read_frames, self._options = read, options
         self._on_messages, self._on_link, self._on_tick, self._on_end = on_messages, on_link, on_tick, on_end
         self._heartbeat = heartbeat
         self._ping_at = time.monotonic() + heartbeat
@@ -95,10 +102,13 @@ class ClientChannels:
         self._monitors: dict[Any, str] = {}         # the monitor of a channel's socket -> that channel
         self._connected: set[str] = set()           # channels, of those that have a monitor
         self._cut_until: float | None = None        # one was cut; so long the others are read
-        self._descriptors: dict[int, Callable[[], None]] = {}
+        self._descriptors: dict[Any, Callable[[], None]] = {}
         self._held: list[tuple] | None = None       # what is sent while the link is lost; see `reset`
         self._is_reading_output = True
         self._is_closing = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
         self._thread = own_thread("twoproc-client", self._run)
 
     # -- called by any thread
@@ -119,7 +129,7 @@ class ClientChannels:
     def close(self, timeout: float = 2.0) -> None:
         """Close all sockets and end the thread; what was sent before has 0.3 s to leave."""
         self._put(self._close_soon)
-        if threading.current_thread() is not self._thread:
+        if self._thread is not None and threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 
     # -- called by the callbacks, on twoproc-client
@@ -145,17 +155,21 @@ class ClientChannels:
             if request is None or not (request.is_done or request.error):
                 self.send_at_once(channel, frames)
 
-    def send_at_once(self, channel: str, frames: list) -> None:
-        """Never waits.  A connection that is refused for good takes nothing, until `reset`."""
-        with contextlib.suppress(zmq.Again):
+    def send_at_once(self, channel: str, frames: list) -> bool:
+        """Never waits.  False: a connection that is refused for good takes nothing, until `reset`, nor one with a
+        limit that is reached."""
+        try:
             self._sockets[channel].send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
-    def watch(self, descriptor: int, on_readable: Callable[[], None]) -> None:
-        """Call `on_readable` once, when `descriptor` becomes readable."""
+    def watch(self, descriptor: Any, on_readable: Callable[[], None]) -> None:
+        """Call `on_readable` once, when `descriptor`, of a file or a ZeroMQ socket, becomes readable."""
         self._descriptors[descriptor] = on_readable
         self._poller.register(descriptor, zmq.POLLIN)
 
-    def unwatch(self, descriptor: int) -> None:
+    def unwatch(self, descriptor: Any) -> None:
         if self._descriptors.pop(descriptor, None):
             self._poller.unregister(descriptor)
 
@@ -224,7 +238,9 @@ class ClientChannels:
                 self._monitors[monitor] = channel
                 self._poller.register(monitor, zmq.POLLIN)
             with contextlib.suppress(zmq.ZMQError):     # it is no address: client.knock says so
-                sock.connect(info.url(channel))
+                for option, value in self._options.get(channel, {}).items():
+                sock.setsockopt(option, value)
+            sock.connect(info.url(channel))
         self._connected.clear()
         self._cut_until = None
         for channel, sock in self._sockets.items():
@@ -300,10 +316,11 @@ class ClientChannels:
                 self.send_at_once(channel, frames)
 
     def _receive(self, readable: set) -> None:
-        if "hb" in readable:
+        if self._heartbeat and "hb" in readable:
+            readable.discard("hb")
             self._read_heartbeat()
         batch: list = []
-        for channel in ("shell", "control", "stdin"):
+        for channel in ("shell", "control", "stdin", "hb"):
             if channel in readable:
                 self._read(channel, batch)
         output: list = []
@@ -313,7 +330,7 @@ class ClientChannels:
             self._on_messages(output + batch)
 
     def _read(self, channel: str, batch: list) -> None:
-        receive, deserialize = self._sockets[channel].recv_multipart, self.session.deserialize
+        receive, deserialize = self._sockets[channel].recv_multipart, self._read_frames
         for _ in range(RECEIVE_AT_ONCE):
             try:
                 batch.append((channel, deserialize(receive(zmq.NOBLOCK))))

@@ -7,14 +7,15 @@ them.  The file holds the kernel's key for signatures, which the protocol needs,
 
     local ROUTER  <->  DEALER to the kernel     shell, control, stdin, hb; a message gets one identity more, and so
                                                 its reply, or a question, finds the client of ours that it is for
-    local XPUB    <--  XSUB of the kernel       iopub, everything; who subscribes here is welcomed by us
+    local XPUB    <--  SUB of the kernel        iopub, everything; who subscribes here is welcomed by us
 
 Frames are passed on as they are.  The heartbeat is passed on, too: it beats here only while it beats there.  What the
 relay adds is for clients that know nothing of a link that can be cut: it remembers which requests are not answered, has
 the kernel answer again those that it knows and run those that it never got, and puts the output of the time between
 in its place, out of the kernel's log.
 
-All sockets belong to the thread that calls `run`, the main thread of the program.
+The sockets to the kernel are a client's (clientchannels.py), and its thread, `twoproc-client`, has those of this side
+as well.  Everything but the program at the end runs there; main waits to be told that there is nothing left to do.
 """
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ import contextlib
 import functools
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -35,23 +37,24 @@ from typing import Any, NoReturn
 import zmq
 
 from . import __version__, config, connection
-from .channels import HELLO, SlowReaders
-from .clientchannels import GOODBYE_SECONDS
+from .channels import SlowReaders, bind
+from .clientchannels import HELLO, RECEIVE_AT_ONCE, ClientChannels
 from .client import NotReady
 from .connection import CHANNELS, ConnectionFileError, ConnectionInfo
 from .replay import read_log
 from .session import DELIMITER, MessageError, Session, encode
 
-RECEIVE_AT_ONCE = 200       # messages of one socket before the others get their turn
 READY_SECONDS = 5.0
-LOST_SECONDS = 6.0          # without any sign of the kernel's machine: the link is cut
 REFUSALS = 3                # of connections, one a second: the machine is there, and nobody listens
 # A local reader of iopub may hold up the others so long: less than the kernel waits for us before it drops messages.
 PATIENCE_SECONDS = 2.5
 QUEUE = 500                 # messages that wait for one local reader
 OPEN_REQUESTS = 1000        # remembered until they are answered
 EXIT_DIED, EXIT_REFUSED = 70, 6
-_WATCHED = ("shell", "stdin", "iopub")      # the connections that must stand before a question may be asked again
+# Without any sign of the kernel's machine for 6 s the link is cut.  What a kernel that does not read leaves in these
+# sockets waits in its client, and beyond 100 messages of output the kernel waits for us: our memory does not grow.
+_ALIVE = {zmq.HEARTBEAT_IVL: 2000, zmq.HEARTBEAT_TIMEOUT: 6000, zmq.CONNECT_TIMEOUT: 3000}
+_OPTIONS = {channel: {**_ALIVE, zmq.SNDHWM: 10, zmq.RCVHWM: 100} for channel in CHANNELS}
 _NUMBER = re.compile(rb'"twoproc_seq":(\d+)}$')
 
 
@@ -68,11 +71,11 @@ class Request:
 
     def __init__(self, channel: str, identities: list[bytes], header: dict, frames: list[bytes]):
         self.channel, self.identities, self.header, self.frames = channel, identities, header, frames
-        self.needs_reply = self.needs_idle = True
+        self.missing = {"reply", "idle"}
 
 
 class Relay:
-    """Ten sockets and what is under way between them.
+    """Five sockets here, five of a client, and what is under way between them.
 
     info: how to reach the kernel.  local: where to listen, port 0 meaning any; `self.local` has the ports there are.
     say(text) is called with what the user should hear: the link is lost, or back.
@@ -81,15 +84,12 @@ class Relay:
     def __init__(self, info: ConnectionInfo, local: ConnectionInfo, say: Callable[[str], None],
                  max_frame: int = 64 << 20):
         self.info, self.local, self._say = info, local, say
-        self.is_linked = True
         self._session = Session(info.key, info.signature_scheme, username="relay", max_message=1 << 31)
-        self._context = zmq.Context()
-        self._poller = zmq.Poller()
-        self._handlers: dict[Any, Callable[[], None]] = {}      # socket -> what to call when it is readable
+        self._news: queue.SimpleQueue = queue.SimpleQueue()     # None when output reaches us; why we have ended
         self._near: dict[str, zmq.Socket] = {}
-        self._far: dict[str, zmq.Socket] = {}
-        self._unsent: dict[str, list] = {}          # channel -> messages that the kernel's side does not take now
-        self._output: deque = deque()               # what is to be published, in order; a few messages at most
+        self._unsent: dict[str, deque] = {channel: deque() for channel in CHANNELS}    # for which there is no room yet
+        self._arrived: deque = deque()              # output of the kernel, not yet looked at
+        self._output: deque = deque()               # what is to be published, in order
         self._patience = SlowReaders(PATIENCE_SECONDS)
         self._owed: deque = deque(maxlen=100)       # idles that a reader may have lost that was given up,
         self._repeats: deque = deque()              # and when they are repeated
@@ -101,19 +101,21 @@ class Relay:
         self._newest = 0                            # twoproc_seq of the newest output
         self._gap: tuple[int, int] | None = None    # what is missing before the last message of _output,
         self._gap_until = 0.0                       # and how long we wait for it
+        self._is_linked = True
         self._look_at: float | None = None          # while the link is cut: when to see whether somebody listens
         self._refusals = 0
-        self._connected: set[str] = set()
-        self._cut_until: float | None = None        # one connection was cut; so long the others are read
         self._is_told = False
         self._ended = ""                            # by whom
+        self._context = zmq.Context()
         try:
             for channel in CHANNELS:
                 self._bind(channel, max_frame)
-            self._connect()
         except BaseException:
             self._context.destroy(linger=0)
             raise
+        self._far = ClientChannels(info, lambda frames: frames, on_messages=self._hear, on_link=self._hear_link,
+                                   on_tick=self._look_around, on_end=self._end, heartbeat=0, options=_OPTIONS)
+        self._far.start()
 
     def _bind(self, channel: str, max_frame: int) -> None:
         sock = self._near[channel] = self._context.socket(zmq.XPUB if channel == "iopub" else zmq.ROUTER)
@@ -126,176 +128,113 @@ class Relay:
             sock.setsockopt(zmq.XPUB_VERBOSE, 1)
         else:
             sock.setsockopt(zmq.SNDHWM, 10_000)     # a client that leaves so many replies unread loses the next
-        url, port = self.local.url(channel), self.local.port(channel)
-        umask = os.umask(0o077)                     # an ipc socket is a file
-        try:
-            sock.bind(url if port else url[:url.rindex(":")] + ":*")
-        except zmq.ZMQError as error:
-            raise ConnectionFileError("%s: cannot listen for %s: %s" % (url, channel, error.strerror), 4) from None
-        finally:
-            os.umask(umask)
-        if not port:
-            ports: dict[str, Any] = {channel + "_port": int(sock.getsockopt_string(zmq.LAST_ENDPOINT).split(":")[-1])}
-            self.local = self.local._replace(**ports)
-        self._listen(sock, self._hear_subscribers if channel == "iopub" else lambda: self._pass_requests(channel))
-
-    def _connect(self) -> None:
-        """Connect to the kernel, as somebody new: while it has not noticed that the old connection was cut, it does
-        not serve another one with the same identity."""
-        for channel, sock in self._far.items():
-            if channel + " link" in self._far:
-                sock.disable_monitor()
-            self._poller.unregister(sock)
-            del self._handlers[sock]
-            sock.close(0)
-        self._unsent.clear()
-        self._connected.clear()
-        self._cut_until = None
-        identity = os.urandom(12).hex().encode("ascii")
-        self._is_subscribed = False
-        for channel in CHANNELS:
-            sock = self._far[channel] = self._context.socket(zmq.XSUB if channel == "iopub" else zmq.DEALER)
-            sock.linger = 300
-            sock.setsockopt(zmq.RECONNECT_IVL, 100)
-            sock.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-            sock.setsockopt(zmq.CONNECT_TIMEOUT, 3000)
-            sock.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-            sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * LOST_SECONDS))
-            if self.info.curve_publickey:
-                sock.curve_serverkey = self.info.curve_publickey
-                sock.curve_publickey, sock.curve_secretkey = self.info.client_publickey, self.info.client_secretkey
-            if channel == "iopub":
-                sock.setsockopt(zmq.RCVHWM, 100)    # beyond it the kernel waits for us, and not our memory grows
-            elif channel == "hb":
-                sock.setsockopt(zmq.SNDHWM, 10)     # beats that wait for a kernel that is stopped are of no use to it
-            else:
-                sock.setsockopt(zmq.IDENTITY, identity)
-                sock.setsockopt(zmq.SNDHWM, 10)     # what a kernel that does not read leaves here, waits in its client
-            if channel in _WATCHED:
-                self._far[channel + " link"] = monitor = sock.get_monitor_socket(
-                    zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-                self._listen(monitor, functools.partial(self._hear_link, channel))
-            sock.connect(self.info.url(channel))
-            self._listen(sock, self._pass_output if channel == "iopub" else
-                         functools.partial(self._pass_replies, channel))
-        self._far["iopub"].send(b"\x01")
-
-    def _listen(self, sock: zmq.Socket, handler: Callable[[], None]) -> None:
-        self._handlers[sock] = handler
-        self._poller.register(sock, zmq.POLLIN)
+        self.local = bind(sock, self.local, channel)
 
     # -- called by the program
     def wait_ready(self, seconds: float = READY_SECONDS) -> None:
         """Until the kernel's output reaches us, so that who finds our connection file finds a kernel behind it."""
-        until = time.monotonic() + seconds
-        while not self._is_subscribed:
-            if time.monotonic() > until:
-                raise NotReady("silent", "the kernel at %s let us in, but its output does not reach us within %g s"
-                               % (self.info.url("iopub"), seconds))
-            self.turn()
+        try:
+            error = self._news.get(timeout=seconds)
+        except queue.Empty:
+            raise NotReady("silent", "the kernel at %s let us in, but its output does not reach us within %g s"
+                           % (self.info.url("iopub"), seconds)) from None
+        if error is not None:
+            raise error
 
     def run(self) -> NoReturn:
         """Relay until there is nothing left to: raises Gone, or what a signal handler raises."""
         while True:
-            self.turn()
+            error = self._news.get()
+            if error is not None:
+                raise error
 
     def close(self) -> None:
-        for sock in [*self._far.values(), *self._near.values()]:
-            sock.close()
-        self._context.term()        # what is on its way has the linger of its socket
+        self._far.close()
 
-    def turn(self) -> None:
-        """Wait for something to happen, at most until it is time to look around, and pass it on."""
-        for sock, _ in self._poller.poll(int(self._look_around() * 1000) + 1):
-            if sock in self._handlers:      # else a handler before it has connected anew
-                self._handlers[sock]()
-
-    # -- run by turn
+    # -- run by twoproc-client: from this side to the kernel
     def _pass_requests(self, channel: str) -> None:
         for _ in range(RECEIVE_AT_ONCE):
-            frames = _receive(self._near[channel])
-            if not frames:
+            if self._unsent[channel] or not (frames := _receive(self._near[channel])):
                 return
             if channel in ("shell", "control"):
                 self._remember(channel, frames)
-            if not self._send(channel, frames):
-                return
+            self._send(channel, frames)
 
-    def _send(self, channel: str, frames: list) -> bool:
-        """To the kernel; False when the connection takes no more for now, and the clients have to wait."""
-        if _send(self._far[channel], frames):
-            return True
-        if channel != "hb":
-            self._unsent.setdefault(channel, []).append(frames)
-            self._read_requests()
-        return False
-
-    def _read_requests(self) -> None:
-        """From now on, or no longer, while the kernel cannot take them: what is left unread makes its sender wait."""
-        for channel in ("shell", "control", "stdin"):
-            is_wanted = self.is_linked and channel not in self._unsent and (channel == "control" or not self._fates)
-            self._poller.modify(self._near[channel], zmq.POLLIN if is_wanted else 0)
+    def _send(self, channel: str, frames: list) -> None:
+        unsent = self._unsent[channel]
+        if unsent or not self._far.send_at_once(channel, frames):
+            unsent.append(frames)
 
     def _remember(self, channel: str, frames: list[bytes]) -> None:
         """What has an answer; and what is very large is not kept for the case that the link is cut.
 
         Nor what has no good signature: over loopback any user of this machine may say it, and it would get ours.
         """
-        with contextlib.suppress(MessageError, ValueError):     # the kernel, too, is silent to that
+        with contextlib.suppress(MessageError):     # the kernel, too, is silent to that
             if sum(map(len, frames)) < 1 << 20:
                 message = self._session.deserialize(frames)
                 if message.msg_type.endswith("_request"):
-                    at = len(message.identities)
                     self._requests[message.msg_id] = Request(channel, message.identities, message.header,
-                                                             frames[at + 2:])
+                                                             frames[len(message.identities) + 2:])
                 if len(self._requests) > OPEN_REQUESTS:     # a refusal for its rate, for one, has no idle
                     del self._requests[next(iter(self._requests))]
 
-    def _pass_replies(self, channel: str) -> None:
-        for _ in range(RECEIVE_AT_ONCE):
-            frames = _receive(self._far[channel])
-            if not frames:
-                return
-            if frames[0] == HELLO:
+    def _hear_subscribers(self) -> None:
+        while frames := _receive(self._near["iopub"]):
+            if frames[0][:1] == b"\x01":
+                self._welcomes.append(frames[0][1:])
+        self._welcome()
+
+    def _welcome(self) -> None:
+        """JEP 65: whoever subscribes is told that from now on output reaches him.  The kernel sees us alone."""
+        while self._is_subscribed and self._welcomes:
+            topic = self._welcomes.pop()
+            self._output.appendleft([topic or b"iopub_welcome", *self._session.serialize(
+                "iopub_welcome", {"subscription": topic.decode("utf-8", "replace")})])
+
+    # -- from the kernel to this side
+    def _hear(self, batch: list) -> None:
+        for channel, frames in batch:
+            if channel == "iopub":
+                if frames[0] == b"shutdown_reply":
+                    self._ended = "shut down by %s" % json.loads(frames[4]).get("username", "a client")
+                self._arrived.append(frames)
+                self._pass_output()
+            elif frames[0] == HELLO:
                 self._hear_hello(frames[-1])
-            elif channel not in ("shell", "control"):
-                self._near[channel].send_multipart(frames)
-            elif not self._hear_reply(frames):
+            elif channel not in ("shell", "control") or not self._is_for_us(frames):
                 self._near[channel].send_multipart(frames)      # a ROUTER drops what is for somebody who has left
 
-    def _hear_reply(self, frames: list[bytes]) -> bool:
-        """True for an answer to a question of ours."""
+    def _is_for_us(self, frames: list[bytes]) -> bool:
+        """A reply: to a question of ours, or to one that we remember."""
         at = frames.index(DELIMITER)
-        parent = json.loads(frames[at + 3])
-        if (handler := self._questions.pop(parent.get("msg_id"), None)) is not None:
+        msg_id = json.loads(frames[at + 3]).get("msg_id")
+        handler = self._questions.pop(msg_id, None)
+        if handler is not None:
             handler(frames[at:])
             return True
-        request = self._requests.get(parent.get("msg_id"))
-        if request is not None:
-            request.needs_reply = False
-            self._forget_if_done(request, parent["msg_id"])
+        self._note_answer(msg_id, "reply")
         return False
 
-    def _forget_if_done(self, request: Request, msg_id: str) -> None:
-        if not request.needs_idle and not request.needs_reply:
-            del self._requests[msg_id]
+    def _note_answer(self, msg_id: str, what: str) -> None:
+        request = self._requests.get(msg_id)
+        if request is not None:
+            request.missing.discard(what)
+            if not request.missing:
+                del self._requests[msg_id]
 
     def _pass_output(self) -> None:
-        for _ in range(RECEIVE_AT_ONCE):
-            if not self._publish():
-                return
-            frames = _receive(self._far["iopub"])
-            if not frames:
-                return
+        """Until all is said, what was before is still on its way, or a local reader is full."""
+        while self._publish() and self._arrived:
+            frames = self._arrived.popleft()
             self._output.append(frames)
             if not self._is_subscribed:
                 self._is_subscribed = True
+                self._news.put(None)
                 self._welcome()
-            if frames[0] == b"shutdown_reply":
-                self._ended = "shut down by %s" % json.loads(frames[4]).get("username", "a client")
             is_idle = frames[0] == b"status" and b'"idle"' in frames[6]
             if is_idle:
-                self._hear_idle(json.loads(frames[4]).get("msg_id"))
+                self._note_answer(json.loads(frames[4]).get("msg_id"), "idle")
                 if self._repeats:
                     self._owed.append(frames)
             # The first may not be an idle, which the kernel repeats with the number that it had.
@@ -322,25 +261,6 @@ class Relay:
             self._patience.sent()
             self._output.popleft()
         return not self._output
-
-    def _hear_idle(self, msg_id: str) -> None:
-        request = self._requests.get(msg_id)
-        if request is not None:
-            request.needs_idle = False
-            self._forget_if_done(request, msg_id)
-
-    def _hear_subscribers(self) -> None:
-        while frames := _receive(self._near["iopub"]):
-            if frames[0][:1] == b"\x01":
-                self._welcomes.append(frames[0][1:])
-        self._welcome()
-
-    def _welcome(self) -> None:
-        """JEP 65: whoever subscribes is told that from now on output reaches him.  The kernel sees us alone."""
-        while self._is_subscribed and self._welcomes:
-            topic = self._welcomes.pop()
-            self._output.appendleft([topic or b"iopub_welcome", *self._session.serialize(
-                "iopub_welcome", {"subscription": topic.decode("utf-8", "replace")})])
 
     def _ask_for_past(self, first: int, last: int) -> None:
         """Our kernels number what they publish; of what we missed while we were cut off the output is in their log."""
@@ -379,64 +299,59 @@ class Relay:
         self._send(channel, [*identities, *frames])
 
     # -- the link
-    def _look_around(self) -> float:
+    def _look_around(self) -> float | None:
         """What has become due; returns the seconds until something may."""
         now = time.monotonic()
-        if self._cut_until is not None and (not self._connected or now > self._cut_until):
-            self._lose()
         if self._look_at is not None and now >= self._look_at:
             self._knock()
             self._look_at = time.monotonic() + 1
-        for channel, unsent in list(self._unsent.items()):
-            while unsent and _send(self._far[channel], unsent[0]):
-                del unsent[0]
-            if not unsent:
-                del self._unsent[channel]
-                self._read_requests()
-        if self._gap is not None and now > self._gap_until and self.is_linked:
+        if self._gap is not None and now > self._gap_until and self._is_linked:
             self._say("output is missing: the kernel did not say it again within %g s" % READY_SECONDS)
             self._gap = None
-        if self._output:
-            self._pass_output()
-        self._poller.modify(self._far["iopub"], 0 if self._output else zmq.POLLIN)
+        self._pass_output()
+        self._far.read_output(not self._output)
         if self._repeats and now > self._repeats[0] and not self._output:
             self._repeats.popleft()
             for frames in self._owed:
                 _send(self._near["iopub"], frames)
             if not self._repeats:
                 self._owed.clear()
+        for channel, sock in self._near.items():    # what is left unread makes its sender wait
+            unsent = self._unsent[channel]
+            while unsent and self._far.send_at_once(channel, unsent[0]):
+                unsent.popleft()
+            if channel == "iopub":
+                self._far.watch(sock, self._hear_subscribers)
+            elif self._is_linked and not unsent and (channel != "shell" or not self._fates):
+                self._far.watch(sock, functools.partial(self._pass_requests, channel))
+            else:
+                self._far.unwatch(sock)
         if self._output and self._gap is None:
             return 0.005            # poll() calls iopub writable while send says it is full
-        if self._unsent or self._cut_until:
+        if any(self._unsent.values()):
             return 0.05
-        return 0.5 if self._look_at or self._repeats or self._gap else 60.0
+        return 0.5 if self._look_at or self._repeats or self._gap else None
 
-    def _hear_link(self, channel: str) -> None:
-        while frames := _receive(self._far[channel + " link"]):
-            event = int.from_bytes(frames[0][:2], sys.byteorder)
-            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                raise Gone("the kernel does not let your key in any more", EXIT_REFUSED)
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._connected.add(channel)
-                if len(self._connected) == len(_WATCHED):
-                    self._look_at = None
-                    if not self.is_linked:
-                        self._greet()
-            else:
-                self._connected.discard(channel)
-                if channel != "iopub" and self._cut_until is None:      # that one alone is cut with others' keys
-                    self._cut_until = time.monotonic() + GOODBYE_SECONDS
-
-    def _lose(self) -> None:
-        self._pass_output()         # a goodbye may be among it
-        if self._ended:
-            raise Gone("the kernel was " + self._ended, 0)
-        # Not at once: the sockets of a process that was killed are closed one by one.
-        self.is_linked, self._look_at, self._refusals = False, time.monotonic() + 1, 0
-        self._connect()
-        self._questions.clear()     # their answers went to the connection that was
-        self._fates = 0
-        self._read_requests()
+    def _hear_link(self, event: str) -> None:
+        if event == "unauthorised":
+            raise Gone("the kernel does not let your key in any more", EXIT_REFUSED)
+        if event == "connected":
+            self._look_at = None
+            if not self._is_linked and self.info.curve_publickey:
+                self._send("control", [HELLO])     # is it the same kernel?
+            elif not self._is_linked:   # its answer says that the kernel, too, has all our connections
+                self._ask("control", [], {}, "twoproc_status_request", {}, lambda frames: self._come_back())
+        elif event == "disconnected":
+            if self._ended:
+                raise Gone("the kernel was " + self._ended, 0)
+            # Not at once: the sockets of a process that was killed are closed one by one.
+            self._look_at, self._refusals = time.monotonic() + 1, 0
+            self._is_linked = self._is_subscribed = False
+            self._questions.clear()     # their answers went to the connection that was
+            self._fates = 0
+            for unsent in self._unsent.values():
+                unsent.clear()
+            self._far.reset(is_urgent=False)
 
     def _knock(self) -> None:
         """Where nobody listens the kernel is gone; where nobody answers it may be the network, which comes back."""
@@ -454,18 +369,13 @@ class Relay:
             self._is_told = True
             self._say("the link is lost; waiting for it to come back")
 
-    def _greet(self) -> None:
-        """Connected again: to the same kernel?"""
-        if self.info.curve_publickey:
-            self._far["control"].send(HELLO)
-        else:
-            self._come_back()
-
     def _hear_hello(self, answer: bytes) -> None:
-        with contextlib.suppress(ValueError, KeyError, AttributeError):
-            if json.loads(answer)["key"].encode() != self.info.key:
-                raise Gone("the kernel is gone, and another one has its place at %s" % self.info.url("shell"))
-            self._come_back()
+        said = json.loads(answer)
+        if not said:
+            return          # our key was withdrawn just now: the next connection is refused
+        if said["key"].encode() != self.info.key:
+            raise Gone("the kernel is gone, and another one has its place at %s" % self.info.url("shell"))
+        self._come_back()
 
     def _come_back(self) -> None:
         """Have the kernel, in the name of each client, say what it knows of the requests that were under way.
@@ -474,15 +384,15 @@ class Relay:
         """
         if self._is_told:
             self._say("the link is back")
-        self.is_linked, self._is_told = True, False
+        self._is_linked, self._is_told = True, False
         if self._gap is not None:       # seen before all connections stood, or when they were cut once more
             self._ask_for_past(*self._gap)
         cells: dict[tuple, list[Request]] = {}
         for request in self._requests.values():
-            header, parent, _, content = request.frames[:4]
             if request.header["msg_type"] == "execute_request":
                 cells.setdefault((*request.identities, request.header.get("session")), []).append(request)
             else:       # signed anew: if it was answered and the answer lost, it is answered once more
+                header, parent, _, content = request.frames[:4]
                 self._send(request.channel, [*request.identities, *self._session.serialize(
                     "", content, parent, b'{"twoproc_again":true}', header=header)])
         self._fates = len(cells)
@@ -490,7 +400,6 @@ class Relay:
             first = requests[0]
             self._ask("shell", first.identities, {"session": first.header.get("session")}, "twoproc_resume_request",
                       {"msg_ids": [request.header["msg_id"] for request in requests]}, self._hear_fate)
-        self._read_requests()
 
     def _hear_fate(self, frames: list[bytes]) -> None:
         """The answer to a twoproc_resume_request; see docs/protocol.md."""
@@ -498,17 +407,22 @@ class Relay:
         self._fates -= 1        # what was sent since goes after what goes once more
         for request in filter(None, map(self._requests.get, content.get("unknown", ()))):
             # Unchanged: had it been on its way nevertheless, the kernel would refuse the second one.
-            self._send(request.channel, [*request.identities, DELIMITER, self._session.sign(request.frames[:4]),
-                                         *request.frames])
+            self._send(request.channel, [
+                *request.identities, DELIMITER, self._session.sign(request.frames[:4]), *request.frames])
         for request in filter(None, map(self._requests.get, content.get("forgotten", ()))):
+            del self._requests[request.header["msg_id"]]
             text = "the link was cut when this cell ended, and its reply is no longer kept"
             error = {"status": "error", "ename": "ConnectionLost", "evalue": text, "traceback": [text]}
-            header = request.frames[0]
             self._near["shell"].send_multipart([*request.identities, *self._session.serialize(
-                "execute_reply", {**error, "execution_count": 0}, header)])
+                "execute_reply", {**error, "execution_count": 0}, request.frames[0])])
             _send(self._near["iopub"], [b"status", *self._session.serialize(
-                "status", {"execution_state": "idle"}, header)])
-        self._read_requests()
+                "status", {"execution_state": "idle"}, request.frames[0])])
+
+    def _end(self, error: BaseException | None) -> None:
+        for sock in self._near.values():
+            sock.close()
+        self._context.term()        # what is on its way has the linger of its socket
+        self._news.put(error)
 
 
 def _receive(sock: zmq.Socket) -> list[bytes]:
@@ -520,7 +434,7 @@ def _receive(sock: zmq.Socket) -> list[bytes]:
 
 def _send(sock: zmq.Socket, frames: list) -> bool:
     try:
-        sock.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < 65_536)
+        sock.send_multipart(frames, zmq.NOBLOCK)
     except zmq.Again:
         return False
     return True
@@ -552,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.target is None:
             program.error("say which kernel: its address, or its name")
         from .remote import reach
-        return serve(reach(arguments.target, settings), arguments.name, settings)
+        serve(reach(arguments.target, settings), arguments.name, settings)
     except (config.ConfigError, ConnectionFileError, NotReady, Gone) as error:
         tell(str(error))
         return getattr(error, "exit_code", 2)
@@ -563,33 +477,30 @@ def tell(text: str) -> None:
     print("twoproc.relay: %s" % text, file=sys.stderr, flush=True)
 
 
-def serve(info: ConnectionInfo, name: str | None, settings: config.Settings) -> int:
+def serve(info: ConnectionInfo, name: str | None, settings: config.Settings) -> NoReturn:
     """The connection file is written when everything works, never before, and removed with the sockets."""
     path, local = connection.new_connection(settings["kernel.transport"], name)
     local = local._replace(key=info.key, signature_scheme=info.signature_scheme, kernel_name=info.kernel_name,
                            extra={"twoproc_pid": os.getpid()})
-    claim = connection.Claim(path)
+    endings = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
     relay: Relay | None = None
-    try:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, end)
-        relay = Relay(info, local, tell, settings["limits.max_frame_mb"] << 20)
-        relay.wait_ready()
-        local = relay.local
-        connection.write_connection_file(path, local)
-        if settings["kernel.publish_jupyter"]:
-            connection.publish_to_jupyter(path, local)
-        print(path, flush=True)
-        relay.run()
-    except SystemExit as ending:
-        return int(ending.code or 0)
-    finally:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)       # what is left to do takes a moment
-        connection.remove_files(path, local)
-        if relay is not None:
-            relay.close()
-        claim.release()
+    with connection.Claim(path):
+        try:
+            for number in endings:
+                signal.signal(number, end)
+            relay = Relay(info, local, tell, settings["limits.max_frame_mb"] << 20)
+            relay.wait_ready()
+            connection.write_connection_file(path, relay.local)
+            if settings["kernel.publish_jupyter"]:
+                connection.publish_to_jupyter(path, relay.local)
+            print(path, flush=True)
+            relay.run()
+        finally:
+            for number in endings:
+                signal.signal(number, signal.SIG_IGN)       # what is left to do takes a moment
+            connection.remove_files(path, local)
+            if relay is not None:
+                relay.close()
 
 
 def end(number: int, frame: Any) -> NoReturn:
