@@ -406,6 +406,23 @@ class TheLink(unittest.TestCase):
             self.assertEqual(self.client.result(msg_id).status, "ok")
         self.assertEqual(self.client.execute("order").value, "[1, 2]")
 
+    def test_a_cell_of_a_megabyte_has_its_reply_too(self):
+        msg_id = self.client.send_execute("import time; time.sleep(1)  # " + "x" * (1 << 20))
+        self.client.wait_running(msg_id)
+        self.cut()
+        self.cable.mend()
+        self.assertEqual(self.client.result(msg_id).status, "ok")
+
+    def test_of_a_cell_of_a_megabyte_that_was_lost_its_client_is_told(self):
+        self.cable.cut()
+        msg_id = self.client.send_execute("ran = True  # " + "x" * (1 << 20))
+        support.wait_until(lambda: "the link is lost" in self.relay.log(), what="what the user is told")
+        self.cable.lose()
+        self.cable.mend()
+        reply = self.client.result(msg_id).reply
+        self.assertEqual(reply.content["ename"], "ConnectionLost")
+        self.assertEqual(self.client.execute("'ran' in globals()").value, "False")
+
     def test_cut_while_a_local_reader_is_full_it_comes_back(self):
         self.relay.client(self, options=((zmq.RCVHWM, 1),))         # reads no more
         msg_id = self.client.send_execute("for n in range(1_500): print(str(n) + '.' * 60_000)")

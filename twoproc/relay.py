@@ -41,7 +41,7 @@ from .channels import SlowReaders, bind
 from .clientchannels import HELLO, RECEIVE_AT_ONCE, ClientChannels
 from .client import NotReady
 from .connection import CHANNELS, ConnectionFileError, ConnectionInfo
-from .replay import read_log
+from .replay import gap_message, read_log
 from .session import DELIMITER, MessageError, Session, encode
 
 READY_SECONDS = 5.0
@@ -50,6 +50,7 @@ REFUSALS = 3                # of connections, one a second: the machine is there
 PATIENCE_SECONDS = 2.5
 QUEUE = 500                 # messages that wait for one local reader
 OPEN_REQUESTS = 1000        # remembered until they are answered
+LARGE = 1 << 20             # a request of which only the header is remembered
 EXIT_DIED, EXIT_REFUSED = 70, 6
 # Without any sign of the kernel's machine for 6 s the link is cut.  What a kernel that does not read leaves in these
 # sockets waits in its client, and beyond 100 messages of output the kernel waits for us: our memory does not grow.
@@ -166,18 +167,18 @@ class Relay:
             unsent.append(frames)
 
     def _remember(self, channel: str, frames: list[bytes]) -> None:
-        """What has an answer; and what is very large is not kept for the case that the link is cut.
+        """What has an answer, for the case that the link is cut.
 
-        Nor what has no good signature: over loopback any user of this machine may say it, and it would get ours.
+        Not what has no good signature: over loopback any user of this machine may say it, and it would get ours.
         """
         with contextlib.suppress(MessageError):     # the kernel, too, is silent to that
-            if sum(map(len, frames)) < 1 << 20:
-                message = self._session.deserialize(frames)
-                if message.msg_type.endswith("_request"):
-                    self._requests[message.msg_id] = Request(channel, message.identities, message.header,
-                                                             frames[len(message.identities) + 2:])
-                if len(self._requests) > OPEN_REQUESTS:     # a refusal for its rate, for one, has no idle
-                    del self._requests[next(iter(self._requests))]
+            message = self._session.deserialize(frames)
+            if message.msg_type.endswith("_request"):
+                kept = frames[len(message.identities) + 2:]
+                self._requests[message.msg_id] = Request(channel, message.identities, message.header,
+                                                         kept if sum(map(len, kept)) < LARGE else kept[:1])
+            if len(self._requests) > OPEN_REQUESTS:     # a refusal for its rate, for one, has no idle
+                del self._requests[next(iter(self._requests))]
 
     def _hear_subscribers(self) -> None:
         while frames := _receive(self._near["iopub"]):
@@ -273,8 +274,10 @@ class Relay:
         if self._gap != (first, last):
             return          # it came too late, or was asked for twice
         self._gap, held = None, self._output.pop()
-        page = read_log(self._session.deserialize(frames), first, last)
-        for message in page.messages:
+        reply = self._session.deserialize(frames)
+        page = read_log(reply, first, last)
+        for message in page.messages if page.session else [
+                gap_message(last - first + 1, "the kernel keeps no log", reply.header, {})]:
             kind, content = message.msg_type, message.content
             if kind == "twoproc_gap":
                 kind, content = "stream", {"name": "stderr", "text": "(output missed: %s)\n" % content["reason"]}
@@ -391,7 +394,7 @@ class Relay:
         for request in self._requests.values():
             if request.header["msg_type"] == "execute_request":
                 cells.setdefault((*request.identities, request.header.get("session")), []).append(request)
-            else:       # signed anew: if it was answered and the answer lost, it is answered once more
+            elif len(request.frames) > 1:   # signed anew: if it was answered and the answer lost, it is answered again
                 header, parent, _, content = request.frames[:4]
                 self._send(request.channel, [*request.identities, *self._session.serialize(
                     "", content, parent, b'{"twoproc_again":true}', header=header)])
@@ -406,17 +409,21 @@ class Relay:
         content = json.loads(frames[5])
         self._fates -= 1        # what was sent since goes after what goes once more
         for request in filter(None, map(self._requests.get, content.get("unknown", ()))):
-            # Unchanged: had it been on its way nevertheless, the kernel would refuse the second one.
-            self._send(request.channel, [
-                *request.identities, DELIMITER, self._session.sign(request.frames[:4]), *request.frames])
+            if len(request.frames) == 1:
+                self._give_up(request, "the link was cut before this cell arrived, and it was too large to be kept")
+            else:       # unchanged: had it been on its way nevertheless, the kernel would refuse the second one
+                self._send(request.channel, [
+                    *request.identities, DELIMITER, self._session.sign(request.frames[:4]), *request.frames])
         for request in filter(None, map(self._requests.get, content.get("forgotten", ()))):
-            del self._requests[request.header["msg_id"]]
-            text = "the link was cut when this cell ended, and its reply is no longer kept"
-            error = {"status": "error", "ename": "ConnectionLost", "evalue": text, "traceback": [text]}
-            self._near["shell"].send_multipart([*request.identities, *self._session.serialize(
-                "execute_reply", {**error, "execution_count": 0}, request.frames[0])])
-            _send(self._near["iopub"], [b"status", *self._session.serialize(
-                "status", {"execution_state": "idle"}, request.frames[0])])
+            self._give_up(request, "the link was cut when this cell ended, and its reply is no longer kept")
+
+    def _give_up(self, request: Request, text: str) -> None:
+        del self._requests[request.header["msg_id"]]
+        error = {"status": "error", "ename": "ConnectionLost", "evalue": text, "traceback": [text]}
+        self._near["shell"].send_multipart([*request.identities, *self._session.serialize(
+            "execute_reply", {**error, "execution_count": 0}, request.frames[0])])
+        _send(self._near["iopub"], [b"status", *self._session.serialize(
+            "status", {"execution_state": "idle"}, request.frames[0])])
 
     def _end(self, error: BaseException | None) -> None:
         for sock in self._near.values():
