@@ -421,6 +421,11 @@ class ReplacedStreamsTests(KernelCase):
         self.assertEqual(self.client.execute("1 / 0").status, "error")
         self.assertEqual(self.run_cells("print('x')\nsys.stdout = old\nprint(seen)").text(), "['x', '\\n']\n")
 
+    def test_a_stdout_that_collects_is_emptied_as_the_cell_ends(self):
+        self.run_cells("import io, sys\nold = sys.stdout\nsys.stdout = io.TextIOWrapper(old.buffer)")
+        self.assertEqual(self.run_cells("print('collected')").text(), "collected\n")
+        self.run_cells("sys.stdout = old")
+
     def test_stdin_replaced_is_read_by_input_without_asking(self):
         self.run_cells("import io, sys\nold, sys.stdin = sys.stdin, io.StringIO('typed\\nsecond\\n')")
         self.assertEqual(self.run_cells("print(input())").text().splitlines()[-1], "typed")
@@ -481,7 +486,8 @@ class ForkTests(unittest.TestCase):
     def test_a_child_of_a_task_between_two_cells_does_not_wait_for_the_next(self):
         msg_id = self.client.send_execute(
             "import asyncio, os, threading\nends, keeps = os.pipe()\ndef fork():\n    if os.fork():\n"
-            "        os.close(keeps)\n        threading.Thread(target=lambda: print(os.read(ends, 1), 'ended')).start()\n"
+            "        os.close(keeps)\n"
+            "        threading.Thread(target=lambda: print(os.read(ends, 1), 'ended')).start()\n"
             "_ = asyncio.get_event_loop().call_later(0.01, fork)")
         self.client.wait_text(msg_id, "ended")
         self.run_cell("os.wait()")

@@ -625,6 +625,7 @@ class ZMQInteractiveShell(InteractiveShell):
                 handler = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
                 if isinstance(handler, sys.modules["bdb"].Bdb):         # pdb's `continue` takes Ctrl-C for itself
                     signal.signal(signal.SIGINT, signal.default_int_handler)
+            flush_streams()                 # the user may have put there what collects
 
     def pause_debugger(self) -> None:
         """After a statement: who steps through the cell stops at the next one, not in what lies between."""
