@@ -237,10 +237,10 @@ class ClientChannels:
                 monitor.linger = 0
                 self._monitors[monitor] = channel
                 self._poller.register(monitor, zmq.POLLIN)
-            with contextlib.suppress(zmq.ZMQError):     # it is no address: client.knock says so
-                for option, value in self._options.get(channel, {}).items():
+            for option, value in self._options.get(channel, {}).items():
                 sock.setsockopt(option, value)
-            sock.connect(info.url(channel))
+            with contextlib.suppress(zmq.ZMQError):     # it is no address: client.knock says so
+                sock.connect(info.url(channel))
         self._connected.clear()
         self._cut_until = None
         for channel, sock in self._sockets.items():
