@@ -299,7 +299,7 @@ class Damage(Case):
 
     def read_all(self, session):
         """Everything that a reader can ask; none of it raises."""
-        session.state(), session.closed_why, session.is_restarted, session.fault_text(), session.killer
+        session.state(), session.closed, session.is_restarted, session.fault_text(), session.killer
         session.marks(), session.outline(), session.damaged, session.lost, session.cells()
         return session.records()
 
@@ -1193,7 +1193,7 @@ class Lock(Case):
         self.line(child)
         self.assertEqual(session.state(), "alive")
         self.kill(child)
-        self.assertEqual((session.state(), session.closed_why), ("closed", "shutdown"))
+        self.assertEqual((session.state(), session.closed["why"]), ("closed", "shutdown"))
 
     def test_two_who_look_do_not_see_each_other(self):
         session = self.dead()
@@ -1224,7 +1224,8 @@ class Lock(Case):
         child = self.process("with LoggedSession(%r, %r).take():\n"
                              "    reading, writing = os.pipe()\n"
                              "    if os.fork() == 0:\n"
-                             "        os.close(1); os.close(2); os.write(writing, b'x'); sys.stdin.read(); os._exit(0)\n"
+                             "        os.close(1); os.close(2); os.write(writing, b'x')\n"
+                             "        sys.stdin.read(); os._exit(0)\n"
                              "    os.read(reading, 1)\n"
                              "    say('taken')\n"
                              "    os.kill(os.getpid(), 9)\n" % (session.folder, session.id))

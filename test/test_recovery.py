@@ -554,7 +554,7 @@ class Files(LogCase):
                     os.symlink(target, path)
                 else:
                     open(path, "w").close()
-                with self.assertRaisesRegex(recovery.RecoveryError, r"x\.(py|ipynb) exists already") as raised:
+                with self.assertRaisesRegex(crashlog.StateError, r"x\.(py|ipynb) exists already") as raised:
                     recovery.export(session, path)
                 self.assertEqual(raised.exception.exit_code, 2)
         self.assertEqual(sorted(os.listdir(self.home.work)), ["x.ipynb", "x.py"])
@@ -562,7 +562,7 @@ class Files(LogCase):
     def test_a_folder_that_is_not_there_and_an_unknown_kind_are_one_line(self):
         session = self.crash("a")
         for name, words in (("no/x.py", "No such file"), ("x.txt", "must end in .ipynb or .py")):
-            with self.assertRaisesRegex(recovery.RecoveryError, words):
+            with self.assertRaisesRegex(crashlog.StateError, words):
                 recovery.export(session, os.path.join(self.home.work, name))
         self.assertEqual(os.listdir(self.home.work), [])
 
@@ -617,7 +617,7 @@ class Selections(LogCase):
     def test_what_is_no_selection_is_one_line(self):
         for selection in "x", "3-", "9", "1,7-9", "6-3", "1" * 5000, "all":
             with self.subTest(selection=selection[:20]), self.assertRaisesRegex(
-                    recovery.RecoveryError, "expected numbers of its cells"):
+                    crashlog.StateError, "expected numbers of its cells"):
                 self.numbers(selection)
 
 

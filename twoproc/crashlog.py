@@ -238,7 +238,6 @@ class LoggedSession:
         self._outlined = -1             # bytes of S.log at the time: it only grows
         self._damaged = 0
         self._counts: tuple[int, int, int] | None = None
-        self._marks: dict[str, str] | None = None
 
     def __repr__(self) -> str:
         return f"<LoggedSession {self.id}>"
@@ -297,11 +296,6 @@ class LoggedSession:
             if b'"k":"exit"' not in line[:40] and b'"k":"recovered"' not in line[:40]:
                 break
         return None
-
-    @property
-    def closed_why(self) -> str | None:
-        record = self.closed
-        return record["why"] if record else None
 
     @property
     def is_restarted(self) -> bool:
@@ -447,16 +441,13 @@ class LoggedSession:
 
     def marks(self) -> dict[str, str]:
         """For each client's session the date of its newest request; also those that its predecessors knew."""
-        if self._marks is not None:
-            return self._marks
         marks = {name: date for name, date in self.opened.get("marks", {}).items() if type(date) is str}
         for record in self.outline():
             if record["k"] == "begin":
                 name, date = record["hdr"].get("session"), record["hdr"].get("date")
                 if type(name) is str and type(date) is str:
                     marks[name] = max(date, marks.pop(name, date))      # the newest last
-        self._marks = dict(list(marks.items())[-CELLS:])
-        return self._marks
+        return dict(list(marks.items())[-CELLS:])
 
     def fault_text(self) -> str:
         """What faulthandler wrote; mostly nothing."""

@@ -37,13 +37,6 @@ from .export import (
 AGAIN_SECONDS = 30.0
 
 
-class RecoveryError(StateError):
-    """What cannot be done, and why, in one line.  exit_code: of the command line."""
-
-    def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message, exit_code)
-
-
 # -- what killed it --------------------------------------------------------------------------------
 
 class Death(NamedTuple):
@@ -150,7 +143,7 @@ def headline(session: LoggedSession) -> str:
     if state == "alive":
         first = "The kernel is running  (pid %s)" % pid
     elif state == "closed":
-        first = "The session was closed: %s  %s" % (session.closed_why, when)
+        first = "The session was closed: %s  %s" % ((session.closed or {}).get("why", "no record says why"), when)
     else:
         first = "The kernel %s  %s" % (cause(session), when)
     if state == "unknown":
@@ -305,14 +298,14 @@ def export(session: LoggedSession, path: str) -> None:
     elif path.lower().endswith(".py"):
         text = script(cells, killer, death, [session.id, *describe(session)])
     else:
-        raise RecoveryError("cannot export to %s: the name must end in .ipynb or .py" % one_line(path))
+        raise StateError("cannot export to %s: the name must end in .ipynb or .py" % one_line(path), 2)
     try:
         with open(path, "x", encoding="utf-8", errors="replace", newline="") as file:
             file.write(text)
     except FileExistsError:
-        raise RecoveryError("%s exists already; give another name" % one_line(path))
+        raise StateError("%s exists already; give another name" % one_line(path), 2)
     except OSError as error:
-        raise RecoveryError("cannot write %s: %s" % (one_line(path), error.strerror or error), 1)
+        raise StateError("cannot write %s: %s" % (one_line(path), error.strerror or error), 1)
 
 
 # -- run once more ---------------------------------------------------------------------------------
@@ -322,7 +315,7 @@ def replay_cells(session: LoggedSession, selection: str = "") -> tuple[list[Logg
 
     selection: numbers and ranges as in "3-6,9", "" for all of them.  Never a private cell, which is not kept, nor
     a call of %recover; the cell that was running at the death only as a number of its own.
-    Raises RecoveryError for a selection that is none.
+    Raises StateError for a selection that is none.
     """
     cells = session.inputs()
     killer = _killer(session, cells)
@@ -331,7 +324,7 @@ def replay_cells(session: LoggedSession, selection: str = "") -> tuple[list[Logg
         found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         wanted += [range(int(found[1]), int(found[2] or found[1]) + 1)] if found else [range(0)]
         if not any(cell.ec in wanted[-1] for cell in cells):
-            raise RecoveryError("replay %s: expected numbers of its cells, like 3-6,9" % one_line(part))
+            raise StateError("replay %s: expected numbers of its cells, like 3-6,9" % one_line(part), 2)
     chosen, left_out = [], []
     for cell in cells:
         if wanted and not any(cell.ec in numbers for numbers in wanted):
@@ -402,9 +395,9 @@ def replay(session: LoggedSession, into: str | None = None) -> int:
         _say("\ninterrupted")
         return 130
     except client.KernelDied as error:
-        raise RecoveryError("%s; nothing more was run" % error, 70)
+        raise StateError("%s; nothing more was run" % error, 70)
     except (connection.ConnectionFileError, config.ConfigError, launcher.LaunchError) as error:
-        raise RecoveryError(str(error), error.exit_code)
+        raise StateError(str(error), error.exit_code)
 
 
 def _replay_in_kernel(session: LoggedSession, cells: list[LoggedCell], into: str | None) -> int:
@@ -488,7 +481,7 @@ def _recover(line: str, log: Any, run: Callable[[LoggedCell], bool], say: Callab
     verb, rest = words[0] if words else "", [word for word in words[1:] if word not in names]
     if (verb not in ("", "help", "list", "status", "show", "replay", "defs", "export", "drop") or len(names) > 1
             or len(rest) != (verb == "export") and verb != "replay"):
-        raise RecoveryError("there is no %r; %%recover help lists what there is" % one_line(line))
+        raise StateError("there is no %r; %%recover help lists what there is" % one_line(line), 2)
     if verb == "help":
         return say(USAGE)
     if verb == "list":
