@@ -582,6 +582,13 @@ class HistoryIsKept(unittest.TestCase):
         self.assertTrue(os.path.exists(os.path.join(shell.profile, "history.sqlite")))
         self.assertFalse(shell.call("has_unwritten_history").reply)
 
+    def test_no_cell_waits_for_a_request_that_reads_the_file(self):
+        shell = start(self)
+        shell.execute("import threading\nis_held, is_over = threading.Event(), threading.Event()\n"
+                      "def read():\n    with get_ipython().history_manager.db_lock:\n        is_held.set()\n"
+                      "        is_over.wait()\nthreading.Thread(target=read).start()\nis_held.wait()")
+        self.assertEqual(shell.execute("is_over.set()").reply["status"], "ok")
+
     def test_a_locked_file_is_written_later_and_left_where_it_is(self):
         home = make_home(self)
         start(self, home).execute("1")

@@ -50,7 +50,7 @@ class CommManager(BaseManager):
         if target is None:
             self.publish("comm_close", {"comm_id": content["comm_id"], "data": {}})
             return
-        opened = comm.create_comm(target_name=content["target_name"], comm_id=content["comm_id"], primary=False)
+        opened = Comm(target_name=content["target_name"], comm_id=content["comm_id"], primary=False, manager=self)
         self.register_comm(opened)
         try:
             target(opened, msg)

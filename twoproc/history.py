@@ -12,6 +12,7 @@ file, never while user code runs.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import sys
 import threading
@@ -112,13 +113,15 @@ class History(HistoryManager):
 
     def store_inputs(self, line_num, source, source_raw=None):
         """Called by IPython for each cell; one that is private stays in memory."""
+        # IPython leaves out `exit`, after which a kernel may go on, and what Ctrl-C ends before it gets here.
+        for lines in (self.input_hist_parsed, self.input_hist_raw):
+            lines += [""] * (line_num - len(lines))
+        if not is_private(source_raw or source):
+            super().store_inputs(line_num, source, source_raw)      # appends: no cell waits for who uses the file
+            return
         with self.db_lock:
-            # IPython leaves out `exit`, after which a kernel may go on, and what Ctrl-C ends before it gets here.
-            for lines in (self.input_hist_parsed, self.input_hist_raw):
-                lines += [""] * (line_num - len(lines))
             super().store_inputs(line_num, source, source_raw)
-            if is_private(source_raw or source):
-                self.db_input_cache[:] = [line for line in self.db_input_cache if line[0] != line_num]
+            self.db_input_cache[:] = [line for line in self.db_input_cache if line[0] != line_num]
 
     def store_output(self, line_num):
         """Called by IPython after each cell, for whoever wants results in the file as well."""
@@ -159,7 +162,6 @@ class History(HistoryManager):
         self._session = self._last_line = 0
 
     def _begin_session(self) -> None:
-        import datetime
         if not self._session:
             self._session = self.db.execute("INSERT INTO sessions VALUES (NULL, ?, NULL, NULL, '')", (
                 datetime.datetime.now().isoformat(" "),)).lastrowid
@@ -173,7 +175,6 @@ class History(HistoryManager):
 
     def end_session(self) -> None:
         """Write the rest and close the session's row; waits longer for a lock, this is the last time."""
-        import datetime
         if os.getpid() != self._pid or not (self._session or self.db_input_cache):
             return
         with self.db_lock, contextlib.suppress(Exception):      # the end of the kernel does not depend on it
