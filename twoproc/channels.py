@@ -294,6 +294,10 @@ class KernelChannels:
         """
         self.outbox.put(function)
 
+    def rights(self, user: str) -> str:
+        """One of access.RIGHTS; empty for a key that is no longer good."""
+        return "admin" if self.access is None else self.access.rights(user)
+
     def _cut_readers_soon(self) -> None:
         self._is_to_cut = True          # not by way of the outbox: the reader to be cut may be the one that is stuck
         self.outbox.ring()
@@ -413,8 +417,7 @@ class KernelChannels:
                 self._send(sock, [frames[0], HELLO, self.on_hello(user)])
                 return
         try:
-            may_run = not user or self.access is None or self.access.rights(user) in ("run", "admin")
-            message = self.session.deserialize(frames, may_run, user)
+            message = self.session.deserialize(frames, self.rights(user) in ("run", "admin"), user)
             self.on_message(channel, message._replace(user=user) if user else message)
         except BadMessage as error:
             error.message = error.message._replace(user=user)

@@ -254,7 +254,7 @@ class Kernel:
             "status": "ok", "name": self.name, "pid": self.process, "started": self.started, "cwd": folder,
             "execution_state": state, "clients": self.channels.subscribers, "execution_count": self.execution_count,
             "last_input": self.last_input, "refused": self.channels.refused,
-            "rights": self.channels.access.rights(message.user) if self.channels.access is not None else "admin",
+            "rights": self.channels.rights(message.user),
             "listen": connection.address(listen.host, port) if listen and port else ""})
 
     def twoproc_resume_request(self, channel: str, message: Message) -> None:
@@ -268,8 +268,7 @@ class Kernel:
         if asking is not None and asking.answers.empty() and asking.cell.msg_id in message.content["msg_ids"] \
                 and self._replies.route(asking.cell) == message.identities:     # since the resume above: it is his
             self._send_question(asking)
-        access = self.channels.access
-        rights = access.rights(message.user) if access is not None else "admin"     # they may have changed meanwhile
+        rights = self.channels.rights(message.user)     # they may have changed meanwhile
         self.reply(message, "twoproc_resume_reply", {"status": "ok", "unknown": unknown, "forgotten": forgotten,
                                                      "rights": rights})
 
@@ -634,8 +633,7 @@ class Kernel:
 
     def _may_still_run(self, message: Message) -> bool:
         """False for what was waiting here when the key that sent it was withdrawn."""
-        access = self.channels.access
-        return not message.user or access is None or access.rights(message.user) in ("run", "admin")
+        return self.channels.rights(message.user) in ("run", "admin")
 
     def _log_begin(self, parent: bytes, msg_id: str, code: str, cell_id: Any = None) -> None:
         assert self.log is not None
@@ -1096,18 +1094,18 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         claim.release()         # a manager's file stays where it is
         raise
     kernel = Kernel(channels, settings["kernel.completion_seconds"], arguments.orphan_timeout)
+
+    def tidy() -> None:
+        if kernel.ending != "restart":
+            connection.remove_files(path, info)
+        claim.release()
+    kernel.tidy, kernel.claim = tidy, claim
     try:
         kernel.ends_on_exit = is_given and "twoproc_pid" not in info.extra      # a file that we wrote has it
         extra = {**channels.info.extra, "twoproc_pid": os.getpid()}
         if listen is not None:
             extra["twoproc_listen"] = connection.address(listen.host, channels.listening or 0)
         info, kernel.name = channels.info._replace(extra=extra), connection.kernel_name_of(path)
-
-        def tidy() -> None:
-            if kernel.ending != "restart":
-                connection.remove_files(path, info)
-            claim.release()
-        kernel.tidy, kernel.claim = tidy, claim
         if settings["recovery.log"]:
             kernel.use_log(make_log(kernel, settings, path))
         parent = os.environ.get("JPY_PARENT_PID", "")
@@ -1121,9 +1119,8 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         if listen is not None:
             announce(kernel, extra["twoproc_listen"])
         if not arguments.connection_file and sys.stderr is not None and sys.stderr.isatty():
-            name = connection.kernel_name_of(path)
-            print("kernel %s is ready; join it with  python -m %s.frontend --existing %s" % (name, __package__, name),
-                  file=sys.stderr)
+            print("kernel %s is ready; join it with  python -m %s.frontend --existing %s"
+                  % (kernel.name, __package__, kernel.name), file=sys.stderr)
         kernel.stderr = kernel.capture.start()
         start_log(kernel.stderr)
         for warning in [claim.note, *warnings]:
@@ -1132,8 +1129,7 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         kernel.run(lambda kernel: make_interpreter(kernel, arguments, path, settings["recovery.notice"]))
     except BaseException:
         kernel.note_fault()
-        connection.remove_files(path, info)
-        claim.release()
+        tidy()
         if kernel.interpreter is not None:      # threads of the user would keep what looks alive and runs nothing
             logger.critical("a fault of twoproc's own ended the main thread, and with it the kernel", exc_info=True)
             os._exit(EXIT_FAULT)
