@@ -61,9 +61,12 @@ class Growth(support.KernelCase):
         self.client.execute("1")
         # History is written a second after the last cell; then nothing is left to do.
         self.settle()
-        before = self.switches()
-        self.client.is_silent("iopub", support.rounds(2, 60))
-        self.assertLessEqual(self.switches() - before, 2)
+        switches = []       # the best of three: a process that is stopped and goes on has each thread look once
+        while not switches or min(switches) > 2 and len(switches) < 3:
+            before = self.switches()
+            self.client.is_silent("iopub", support.rounds(2, 60))
+            switches.append(self.switches() - before)
+        self.assertLessEqual(min(switches), 2, switches)
 
     def settle(self):
         def is_still():

@@ -731,9 +731,16 @@ class Floods(FloodCase):
                     # What is left of it in the kernel's socket has iopub cut once more.
                     support.wait_until(lambda: self.client.request("control", "twoproc_status_request")
                                        .content["clients"] < 3, what="the end of the subscriptions")
+                if support.IS_OURS:
+                    support.wait_until(self.is_alone, what="the flood's own connection to be gone")
                 self.client.wait_ready()
                 self.client.drain()
                 self.check_serves()
+
+    def is_alone(self):
+        """Our iopub is there again, and it is the only one: nothing that is still to be read will have it cut."""
+        self.client.wait_ready()
+        return self.client.request("control", "twoproc_status_request").content["clients"] == 1
 
 
 @unittest.skipUnless(support.IS_OURS, "keys of ours")
