@@ -151,7 +151,10 @@ class Starting(LauncherCase):
 
         def one():
             with launch(cwd=self.home.work) as process, connect(process) as client:
-                results.append(self.value(client, "2"))
+                try:
+                    results.append(self.value(client, "2"))
+                except KernelDied as error:
+                    results.append(f"{error}: {process.last_words(50)}")
         threads = [threading.Thread(target=one) for _ in range(8)]
         for thread in threads:
             thread.start()
