@@ -400,10 +400,21 @@ class WithoutADisk(Logged):
         os.makedirs(os.path.join(self.state, "sessions"), mode=0o777)
         os.chmod(os.path.join(self.state, "sessions"), 0o777)
         kernel, client = self.start()
+        client.execute("'a frontend of its own accord'", silent=True, store_history=False)
         results = [client.execute("1 + 1") for _ in range(3)]
         self.assertEqual([result.value for result in results], ["2", "2", "2"])
+        self.assertEqual(["session log cannot be written" in result.text("stderr") for result in results],
+                         [True, False, False])
         self.assertEqual(sum("session log" in line for line in kernel.log().splitlines()), 1)
         self.assertEqual(self.files(), [])
+
+    def test_a_folder_that_was_mended_before_the_first_cell_is_no_news(self):
+        os.makedirs(self.state)
+        os.chmod(self.state, 0o777)
+        kernel, client = self.start()
+        os.chmod(self.state, 0o700)
+        self.assertEqual(client.execute("print('logged')").text("stderr"), "")
+        self.assertEqual(self.session().cells()[-1].code, "print('logged')")
 
 
 class TheSuccessor(Logged):

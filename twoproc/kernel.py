@@ -79,6 +79,7 @@ class Kernel:
         self._marks: dict[str, str] = {}        # client's session -> date of the last cell it sent our predecessors
         self.notice: tuple[str, str] | None = None      # of a crash before us, as text and as HTML
         self._is_notice_told = False
+        self.log_warning = ""           # of the log, from before anybody could hear of it
         self._is_child = False
         self.name = ""
         self.capture = DescriptorCapture()
@@ -612,6 +613,7 @@ class Kernel:
                          parent=message)
             if content["store_history"]:        # else it is a frontend's own, and nobody looks
                 self._publish_notice(message)
+                self._tell_log_warning(message)
         reply = self.interpreter.execute(content["code"], content["silent"], is_stored, content["user_expressions"],
                                          message.metadata.get("cellId"), self.run_user_code)
         if os.getpid() != self.process:
@@ -657,6 +659,11 @@ class Kernel:
                 self.log.is_prev_told = True
             self.publish("display_data", {"data": {"text/plain": text, "text/html": html}, "metadata": {},
                                           "transient": {}}, parent=message)
+
+    def _tell_log_warning(self, message: Message) -> None:
+        text, self.log_warning = self.log_warning, ""
+        if text and self.log is not None and not self.log.is_on:     # else this cell's begin could be written
+            self.channels.write("stderr", text, message.header_bytes)
 
     def recover(self, line: str) -> None:
         """The magic %recover: what is done with the session before this one, if that was not closed properly."""
@@ -1219,7 +1226,11 @@ def make_log(kernel: Kernel, settings: config.Settings, path: str) -> SessionLog
     def warn(text: str) -> None:
         """Once, in the log of the process and where the user looks."""
         logger.warning(text)
-        kernel.channels.write_first("stderr", "twoproc: %s\n" % text, kernel.parent_bytes())
+        text = "twoproc: %s\n" % text
+        if kernel.interpreter is None:
+            kernel.log_warning = text
+        else:
+            kernel.channels.write_first("stderr", text, kernel.parent_bytes())
 
     limits = crashlog.Limits(
         settings["recovery.max_output_per_cell_kb"] << 10, settings["recovery.max_log_mb"] << 20,
