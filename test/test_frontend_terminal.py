@@ -41,6 +41,11 @@ class TerminalCase(unittest.TestCase):
         terminal.prompt(1)
         return terminal
 
+    def files_of(self, name):
+        """What lies in the runtime folders of a kernel so called."""
+        return [os.path.join(folder, file) for folder, _, files in os.walk(self.home.run)
+                for file in files if file.startswith(name)]
+
     def insist(self, terminal, is_on=lambda lines: True):
         """Ctrl-C, and again where the cell said "no" and is_on, until the terminal offers what can be done.
 
@@ -955,6 +960,17 @@ class DeathsWithoutALog(TerminalCase):
         self.assertEqual(terminal.wait_end(), 70)
         self.assertNotIn("Traceback", terminal.raw)
 
+    def test_who_was_told_and_quits_leaves_nothing_but_the_session_log(self):
+        terminal = self.open("--name", "dead-one")
+        self.assertNotEqual(self.files_of("dead-one"), [])
+        terminal.send("import os; os._exit(3)\r")
+        terminal.wait("[q]uit ?")
+        terminal.send("q")
+        self.assertEqual(terminal.wait_end(), 70)
+        self.assertEqual(self.files_of("dead-one"), [])
+        logs = os.listdir(os.path.join(self.home.path, "state", "twoproc", "sessions"))
+        self.assertIn(".log", {os.path.splitext(name)[1] for name in logs})
+
     def test_a_new_kernel_can_take_its_place(self):
         terminal = self.open("--name", "old-one", *NO_LOG)
         terminal.send("import os; os.abort()\r")
@@ -963,6 +979,7 @@ class DeathsWithoutALog(TerminalCase):
         terminal.send("n")
         terminal.wait("now at kernel")
         self.assertIn("Out[1]: 2", terminal.run("1+1", 1))
+        self.assertEqual(self.files_of("old-one"), [])
 
     def test_who_attached_is_told_too(self):
         kernel = support.start_kernel(self, *NO_LOG, home=self.home)
@@ -1017,6 +1034,14 @@ class OtherKernels(TerminalCase):
         terminal.prompt(4)
         terminal.send("exit\r")
         self.assertEqual(terminal.wait_end(), 0)
+        self.assertEqual(self.files_of("kernel-python3-"), [])
+        terminal = self.open("--kernel", "python3")
+        terminal.send("import os; os._exit(4)\r")
+        terminal.wait("[q]uit:")
+        self.assertNotEqual(self.files_of("kernel-python3-"), [])
+        terminal.send("q")
+        self.assertEqual(terminal.wait_end(), 70)
+        self.assertEqual(self.files_of("kernel-python3-"), [])
 
 
 if __name__ == "__main__":

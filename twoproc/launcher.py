@@ -135,7 +135,7 @@ class KernelProcess:
             self.process = subprocess.Popen(argv, env=self._environment(), cwd=self._cwd, stdin=subprocess.DEVNULL,
                                             stdout=log, stderr=log, start_new_session=True)
         except (OSError, ValueError) as error:      # the latter: a kernelspec with a NUL in it
-            self._remove_files()
+            self.remove_files()
             raise LaunchError("cannot start %s: %s" % (argv[0], getattr(error, "strerror", error))) from None
         finally:
             os.close(log)
@@ -174,7 +174,7 @@ class KernelProcess:
                         timeout, self._last_words_text()))
         except BaseException:       # Ctrl-C too: nobody would know of a kernel that is to outlive us
             self.kill()
-            self._remove_files()
+            self.remove_files()
             raise
 
     # -- looking
@@ -275,7 +275,7 @@ class KernelProcess:
         """
         if self.process is not None:
             self._end(timeout, restart=False)
-        self._remove_files()
+        self.remove_files()
         return self.cause()
 
     def restart(self, timeout: float = 30.0, polite: float = POLITE_SECONDS) -> None:
@@ -355,8 +355,8 @@ class KernelProcess:
         except (TimeoutError, KernelDied):
             pass
 
-    def _remove_files(self) -> None:
-        """After a clean end nothing is left."""
+    def remove_files(self) -> None:
+        """After an end nothing is left but the log of the session."""
         if self.is_alive:
             return
         try:

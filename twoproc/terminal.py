@@ -175,6 +175,7 @@ class Terminal:
             if text is not None and text.strip():
                 self.pump(0)        # somebody may have come a moment ago
                 self.submit(text)
+        self._forget_dead()
         if self.client is not None:
             self.client.close(timeout=0.5)
         return self.exit_code
@@ -881,6 +882,7 @@ class Terminal:
         self._join(found)
 
     def _join(self, start: Any) -> None:
+        self._forget_dead()
         before, self.start = self.start, start
         self.connect()
         before.close()
@@ -1040,6 +1042,11 @@ class Terminal:
                 self._start_new()
             else:
                 self.exit_code = 70 if isinstance(error, KernelDied) else getattr(error, "exit_code", 2)
+
+    def _forget_dead(self) -> None:
+        """Who was told of the death and goes has no more use for its files; its session log stays."""
+        if self._is_death_told and self.process is not None:
+            self.process.remove_files()
 
     def _start_new(self) -> None:
         with self._one_line("no kernel could be started"):
