@@ -219,7 +219,7 @@ def _json_default(value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    if isinstance(value, (set, frozenset, Iterable)):
+    if isinstance(value, Iterable):
         return list(value)
     raise TypeError("%r of type %s cannot be written as JSON" % (value, type(value).__name__))
 
