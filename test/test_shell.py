@@ -294,6 +294,15 @@ class Cells(ShellCase):
         self.assertRuns("get_ipython().kernel.get_parent()['header']['msg_id']", "'request-9'", parent="request-9")
 
 
+class InterruptedMagics(unittest.TestCase):
+    def test_a_magic_whose_loading_was_interrupted_is_loaded_at_its_next_use(self):
+        shell = start(self)
+        shell.execute("import importlib\nimported = importlib.import_module\ndef stop(*names):\n"
+                      "    importlib.import_module = imported\n    raise KeyboardInterrupt\n"
+                      "importlib.import_module = stop\n%timeit -n1 -r1 pass")
+        self.assertIn("loop", shell.execute("%timeit -n1 -r1 pass").text)
+
+
 class AsInPython(ShellCase):
     """What user code puts into sys stays there and does what it does in python."""
 

@@ -621,6 +621,8 @@ class ZMQInteractiveShell(InteractiveShell):
             return self.run_cell(code, **options)
         finally:
             self.stepping = None
+            # IPython 9.18 takes magics for loaded, %run and %timeit among them, whose loading Ctrl-C has ended.
+            getattr(self.magics_manager, "_loaded_lazy", set()).clear()
             if "bdb" in sys.modules:
                 handler = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
                 if isinstance(handler, sys.modules["bdb"].Bdb):         # pdb's `continue` takes Ctrl-C for itself
