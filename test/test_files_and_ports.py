@@ -313,6 +313,26 @@ class Configuration(PlacesCase):
         self.assertEqual(self.left(), [])
 
 
+class NobodyReads(PlacesCase):
+
+    def test_what_a_command_prints_it_ends_quietly_with_141(self):
+        kernel = support.Process(self, KERNEL + ["--name", "lab"], home=self.home)
+        support.wait_until(lambda: os.path.exists(os.path.join(self.kernels, "lab.json")), what="connection file")
+        for name, *arguments in (("kernel", "--show-config"), ("kernel", "--print-connection"),
+                                 ("kernel", "--install-kernelspec"), ("frontend", "--show-config"),
+                                 ("frontend", "--list"), ("relay", "--show-config"), ("keys", "--show-config"),
+                                 ("keys", "new"), ("crashlog", "--list")):
+            with self.subTest(name=name, arguments=arguments):
+                reading, writing = os.pipe()
+                os.close(reading)
+                done = subprocess.run([sys.executable, "-m", f"twoproc.{name}", *arguments], env=self.home.env,
+                                      cwd=self.home.work, stdin=subprocess.DEVNULL, stdout=writing,
+                                      stderr=subprocess.PIPE, timeout=support.DEADLINE)
+                os.close(writing)
+                self.assertEqual((done.returncode, done.stderr), (141, b""))
+        self.assertTrue(kernel.is_alive)
+
+
 class HostileFolder(PlacesCase):
     """A folder that somebody filled for whoever starts a kernel in it."""
     MODULES = ("twoproc", "zmq", "IPython", "json", "argparse", "queue", "prompt_toolkit", "sitecustomize",

@@ -216,6 +216,12 @@ def leave_current_folder() -> None:
             sys.path.pop(0)
 
 
+def leave_stdout() -> int:
+    """Nobody reads what we print, and the interpreter shall not find out once more as it ends; the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13
+
+
 def _refuse_unsafe(path: str, found: os.stat_result, is_folder: bool = False) -> None:
     """Exit code 5 unless what was found at `path` is of the right kind, and ours alone."""
     if stat.S_ISLNK(found.st_mode):

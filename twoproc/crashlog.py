@@ -702,9 +702,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print("\n".join(recovery.list_lines(sessions())) or "there are no sessions")
         sys.stdout.flush()
-    except BrokenPipeError:         # `| head`; the interpreter shall not find out once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+    except BrokenPipeError:         # `| head`
+        return connection.leave_stdout()
     except KeyboardInterrupt:
         return 130
     except StateError as error:

@@ -1039,17 +1039,20 @@ def main(argv: list[str] | None = None) -> int:
         settings = config.load(arguments, {"--transport": ("kernel.transport", arguments.transport),
                                            "--listen": ("network.listen", arguments.listen)})
         if arguments.show_config:
-            print(settings.show())
+            print(settings.show(), flush=True)
             return 0
         if arguments.install_kernelspec:
             from .launcher import install_kernelspec
-            print(install_kernelspec(user=not arguments.prefix, prefix=arguments.prefix, name=arguments.name))
+            print(install_kernelspec(user=not arguments.prefix, prefix=arguments.prefix, name=arguments.name),
+                  flush=True)
             return 0
         if arguments.print_connection is not None:
             from .start import print_connection
             return print_connection(arguments.print_connection, arguments.or_start, arguments.name, arguments.watch,
                                     settings)
         return serve(arguments, settings)
+    except BrokenPipeError:
+        return connection.leave_stdout()
     except (config.ConfigError, connection.ConnectionFileError) as error:
         try:
             print("twoproc.kernel: %s" % error, file=sys.stderr)

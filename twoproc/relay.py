@@ -468,12 +468,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = config.load(arguments, {"--transport": ("kernel.transport", arguments.transport)})
         if arguments.show_config:
-            print(settings.show())
+            print(settings.show(), flush=True)
             return 0
         if arguments.target is None:
             program.error("say which kernel: its address, or its name")
         from .remote import reach
         serve(reach(arguments.target, settings), arguments.name, settings)
+    except BrokenPipeError:
+        return connection.leave_stdout()
     except (config.ConfigError, ConnectionFileError, NotReady, Gone) as error:
         tell(str(error))
         return getattr(error, "exit_code", 2)
