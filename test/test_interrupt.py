@@ -426,6 +426,19 @@ class WhenAnAnswerIsLate(unittest.TestCase):
         self.assertTrue(second.answers.empty())
 
 
+class WhenNobodyIsThereToBeAsked(unittest.TestCase):
+    def test_the_question_is_sent_again_once_and_no_other(self):
+        """It waits in the outbox behind a reader that does not read, and twoproc-io looks again and again."""
+        module = importlib.import_module("twoproc.kernel")
+        kernel = module.Kernel(mock.Mock(unasked=b'{"msg_id":"1"}'))
+        kernel.running = cell = mock.Mock(identities=[b"client"])
+        for number, times in (("2", 0), ("1", 1)):
+            kernel._asking = module.Question(cell, b'{"msg_id":"%s"}' % number.encode(), {}, queue.SimpleQueue())
+            for _ in range(3):
+                kernel.on_tick()
+            self.assertEqual(kernel.channels.send.call_count, times)
+
+
 class WhenTheCellIsNudged(unittest.TestCase):
     """The look of main's that a blocked call would otherwise put off; main's clock and the signals are ours here."""
 

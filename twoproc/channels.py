@@ -158,7 +158,7 @@ class KernelChannels:
         self.info = info
         self._heartbeat = self._sockets.pop("hb")
         self._names = {sock: channel for channel, sock in self._sockets.items()}
-        self.is_unasked = False                     # who is to answer the latest question has not connected stdin yet
+        self.unasked: bytes | None = None           # header of a question to who has not connected stdin yet
         self.published = 0                          # twoproc_seq of the newest iopub message
         self._put_bytes = self._sent_bytes = 0      # what waits in the outbox, roughly: see _wait_for_room
         self._text_sent = 0.0
@@ -517,9 +517,8 @@ class KernelChannels:
                 else:
                     frames = [*entry.identities, *self.session.serialize(entry.msg_type, entry.content, entry.parent,
                                                                          header=entry.header)]
-                    is_sent = self._send(self._sockets[entry.channel], frames)
-                    if entry.channel == "stdin":
-                        self.is_unasked = not is_sent
+                    if not self._send(self._sockets[entry.channel], frames) and entry.channel == "stdin":
+                        self.unasked = entry.header
             else:
                 outbox.put_back(entry() or ())
 

@@ -405,7 +405,8 @@ class Kernel:
             self._nudge_if_blocked(now)
             self._interrupt_if_swallowed(now)
             asking = self._asking
-            if self.channels.is_unasked and asking is not None:
+            if asking is not None and asking.header == self.channels.unasked:
+                self.channels.unasked = None    # until it has left the outbox in vain once more
                 self._send_question(asking)
         if self._parent_pid and os.getppid() != self._parent_pid:
             self.abandon("its parent, process %d, has ended" % self._parent_pid)
