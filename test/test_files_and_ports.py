@@ -333,6 +333,20 @@ class NobodyReads(PlacesCase):
         self.assertTrue(kernel.is_alive)
 
 
+class InTheForeground(PlacesCase):
+
+    def test_a_kernel_on_a_terminal_says_how_it_is_joined_and_ended(self):
+        terminal = vt.Terminal(self, KERNEL + ["--name", "lab"], self.home, columns=150)
+        says, = terminal.wait("kernel lab is ready")
+        self.assertIn("-m twoproc.frontend --existing lab", says)
+        terminal.send("\x03")           # is for cells, which is what it says
+        self.assertEqual(self.run_it(FRONTEND + ["--existing", "lab", "-c", "6 * 7"]).stdout, "42\n")
+        self.assertIn("Ctrl-C", says)
+        self.run_it(says[says.index("kill "):].split()[:2])
+        self.assertEqual(terminal.wait_end(), 128 + signal.SIGTERM)
+        self.assertEqual(self.left(), [])
+
+
 class HostileFolder(PlacesCase):
     """A folder that somebody filled for whoever starts a kernel in it."""
     MODULES = ("twoproc", "zmq", "IPython", "json", "argparse", "queue", "prompt_toolkit", "sitecustomize",

@@ -1130,8 +1130,8 @@ def serve(arguments: argparse.Namespace, settings: config.Settings) -> int:
         if listen is not None:
             announce(kernel, extra["twoproc_listen"])
         if not arguments.connection_file and sys.stderr is not None and sys.stderr.isatty():
-            print("kernel %s is ready; join it with  python -m %s.frontend --existing %s"
-                  % (kernel.name, __package__, kernel.name), file=sys.stderr)
+            print("kernel %s is ready; join it with  python -m %s.frontend --existing %s  and end it with  kill %d  "
+                  "(Ctrl-C is for its cells)" % (kernel.name, __package__, kernel.name, os.getpid()), file=sys.stderr)
         kernel.stderr = kernel.capture.start()
         start_log(kernel.stderr)
         for warning in [claim.note, *warnings]:
