@@ -212,6 +212,10 @@ class Folders(PlacesCase):
             shutil.rmtree(run) if stat.S_ISDIR(before.st_mode) else os.unlink(run)
         self.assertEqual(os.listdir(real), [])
 
+    def test_a_connection_file_in_a_folder_that_is_none_says_so_with_2(self):
+        for folder in (self.path("nowhere"), self.put(self.path("file"))):
+            self.refused(2, KERNEL + ["-f", os.path.join(folder, "x.json")], f"{folder}: no such folder", "make it")
+
     def test_a_runtime_folder_whose_name_is_too_long_for_sockets_says_so(self):
         run = self.path("d" * 100)
         for argv in self.COMMANDS[:2]:

@@ -654,6 +654,9 @@ def _lock(path: str) -> tuple[int, str]:
             # A file that a manager mounted read-only: nobody can take its name, nobody can remove it.
             if os.path.exists(path) and not os.access(folder, os.W_OK):
                 return -1, f"{folder} cannot be written: nothing says that {path} is in use"
+            if not os.path.isdir(folder):
+                raise ConnectionFileError(f"connection file {path}: {folder}: no such folder; make it, or choose "
+                                          f"another place") from error
             raise _unsafe(f"the name cannot be claimed: {error}") from error
         is_locked = try_lock(fd)
         # The name may have been unlinked, or made anew, between our open and our lock: then we
