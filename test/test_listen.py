@@ -64,6 +64,19 @@ class Refusals(unittest.TestCase):
                 kernel = support.Kernel(self, *lab.arguments, home=lab.home)
                 self.assertEqual(kernel.wait(), 5, kernel.log())
                 self.assertIn("keys authorize", kernel.log())
+                self.assertNotIn("--host", kernel.log())
+                if not content:         # else there is one more, about what is in that file
+                    self.assertEqual(len(kernel.log().splitlines()), 1, kernel.log())
+                    self.assertEqual(kernel.log().count(lab.authorized_keys), 1, kernel.log())
+
+    def test_with_somebody_authorised_and_no_host_key(self):
+        lab = Lab(self, start=False)
+        lab.authorize({"alice": "run"})
+        host_key = os.path.join(lab.folder, "host_key")
+        os.unlink(host_key)
+        kernel = support.Kernel(self, *lab.arguments, home=lab.home)
+        self.check_refused(kernel, kernel.wait(), host_key, "keys new --host")
+        self.assertNotIn("keys authorize", kernel.log())
 
     def test_keys_that_others_can_write_count_as_none(self):
         lab = Lab(self, start=False)

@@ -1181,12 +1181,14 @@ def who_may_connect(info: connection.ConnectionInfo, settings: config.Settings) 
         host = keys.load_pair(host_key)
     except FileNotFoundError:
         host = None
-    if host is None or not authorized.current():
-        missing = "no host key in %s" % host_key if host is None else "nobody's key in %s" % authorized.path
-        raise connection.ConnectionFileError(
-            "listen = %s: %s. Run  python -m %s.keys new --host  once, and  python -m %s.keys authorize LINE  for the "
-            "line that each user's  keys new  has printed" % (settings["network.listen"], missing, __package__,
-                                                               __package__), 5)
+    missing = [] if host is not None else [
+        "no host key in %s: run  python -m %s.keys new --host" % (host_key, __package__)]
+    if not os.path.lexists(authorized.path) or not authorized.current():
+        missing.append("nobody's key in %s: run  python -m %s.keys authorize LINE  for the line that each user's  "
+                       "keys new  has printed" % (authorized.path, __package__))
+    if host is None or missing:
+        raise connection.ConnectionFileError("listen = %s: %s" % (
+            settings["network.listen"], ", and ".join(missing)), 5)
     info = info._replace(curve_publickey=connection.z85_of(host.public),
                          curve_secretkey=connection.z85_of(host.secret))
     return info, Access(authorized, host.public, False, access_log, settings["limits.requests_per_second"]), listen
