@@ -272,6 +272,12 @@ class OtherKernels(PlainCase):
         self.assertIn("no-such", result.stderr)
         self.assertEqual(len(result.stderr.splitlines()), 1)
 
+    def test_the_usage_is_a_command_that_works(self):
+        for name in ("frontend", "kernel", "crashlog", "keys", "relay"):
+            done = subprocess.run([sys.executable, "-m", f"twoproc.{name}", "--help"], env=self.home.env,
+                                  cwd=self.home.work, capture_output=True, text=True, timeout=support.DEADLINE)
+            self.assertRegex(done.stdout, rf"\Ausage: python -m twoproc\.{name} ")
+
     def test_an_unknown_kernelspec_is_status_2(self):
         result = self.run_it("--kernel", "no-such", "-c", "1")
         self.assert_result(result, 2, "")

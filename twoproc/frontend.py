@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="twoproc", description="IPython's command line in two processes.",
+        prog=f"python -m {__package__}.frontend", description="IPython's command line in two processes.",
         epilog="Without a script, -c or a pipe: a prompt. There, :help lists the commands to the frontend itself.")
     parser.add_argument("--version", action="version", version=f"twoproc {__version__}")
     parser.add_argument("-c", dest="code", metavar="CODE", nargs=argparse.REMAINDER,
