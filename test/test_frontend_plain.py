@@ -272,6 +272,17 @@ class OtherKernels(PlainCase):
         self.assertIn("no-such", result.stderr)
         self.assertEqual(len(result.stderr.splitlines()), 1)
 
+    def test_options_that_say_which_kernel_and_do_not_go_together_are_status_2(self):
+        kernel = support.start_kernel(self, home=self.home)
+        for words in (("--existing", kernel.connection_file, "--kernel", "python3"),
+                      ("--existing", kernel.connection_file, "--name", "z"), ("--connect", "lab", "--name", "z"),
+                      ("--connect", "lab", "--kernel", "python3"), ("--ssh", "lab", "--existing", "--name", "z")):
+            with self.subTest(words=words):
+                result = self.run_it(*words, "-c", "1")
+                self.assert_result(result, 2, "")
+                self.assertIn("give one", result.stderr)
+                self.assertEqual(len(result.stderr.splitlines()), 1)
+
     def test_the_usage_is_a_command_that_works(self):
         for name in ("frontend", "kernel", "crashlog", "keys", "relay"):
             done = subprocess.run([sys.executable, "-m", f"twoproc.{name}", "--help"], env=self.home.env,

@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
             raise config.ConfigError("--connect with --existing, --ssh or --kernel: each says which kernel; give one")
         if arguments.ssh is not None and arguments.kernel is not None:
             raise config.ConfigError("--ssh with --kernel: a kernel that is started there is one of ours")
+        if arguments.existing is not None and arguments.kernel is not None:
+            raise config.ConfigError("--existing with --kernel: one joins a kernel, the other starts one; give one")
+        if arguments.name is not None and (arguments.existing, arguments.connect) != (None, None):
+            raise config.ConfigError("--name with --existing or --connect: it names a kernel that is started; give one")
         if arguments.list:
             from .discovery import look
             columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
