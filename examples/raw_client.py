@@ -15,6 +15,8 @@ import uuid
 
 import zmq
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python examples/raw_client.py CONNECTION-FILE CODE")
 with open(sys.argv[1]) as file:
     info = json.load(file)
 address = {"tcp": "tcp://%(ip)s:%%d", "ipc": "ipc://%(ip)s-%%d"}[info["transport"]] % info
@@ -29,11 +31,9 @@ header = {"msg_id": uuid.uuid4().hex, "session": uuid.uuid4().hex, "username": "
 parts = [json.dumps(part).encode() for part in (header, {}, {}, {"code": sys.argv[2], "allow_stdin": False})]
 signature = hmac.new(info["key"].encode(), b"".join(parts), "sha256").hexdigest().encode()
 shell.send_multipart([b"<IDS|MSG>", signature, *parts])
-
 for sock in (iopub, shell):         # published until idle; then the reply
     while True:
-        frames = sock.recv_multipart()[-4:]
-        answer, parent, metadata, content = map(json.loads, frames)
+        answer, parent, metadata, content = map(json.loads, sock.recv_multipart()[-4:])
         print(answer["msg_type"], {key: value for key, value in content.items() if value})
         if sock is shell or content.get("execution_state") == "idle":
             break

@@ -2,6 +2,7 @@
 """The programs in examples/, run as a reader would run them, and what they print."""
 import os
 import re
+import subprocess
 import sys
 import unittest
 
@@ -117,6 +118,12 @@ class TheFolder(unittest.TestCase):
                 self.assertTrue(lines[0].startswith("# Distributed under"))
                 self.assertTrue(lines[1].startswith('"""'))
                 self.assertIn(f"    python examples/{name}", text_of(name))
+
+    def test_one_that_needs_arguments_says_which(self):
+        done = subprocess.run([sys.executable, os.path.join(FOLDER, "raw_client.py")], capture_output=True, text=True,
+                              timeout=support.DEADLINE)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertEqual(done.stderr, "usage: python examples/raw_client.py CONNECTION-FILE CODE\n")
 
     def test_the_raw_client_needs_nothing_of_ours(self):
         self.assertNotIn("import twoproc", text_of("raw_client.py"))
