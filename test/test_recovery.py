@@ -832,7 +832,10 @@ class CommandLine(LogCase):
         self.assertNotIn(b"Exception", done.stderr)
 
     def test_replay_without_anybody_to_ask_runs_nothing(self):
-        self.assertIn("nothing was run", self.crashlog("--replay", self.crash("a", "b").id))
+        session = self.crash("a", "b")
+        self.assertIn("nothing was run", self.crashlog("--replay", session.id, status=1))
+        self.assertIn("nothing was run", self.crashlog("--replay", session.id, status=1, stdin=None, input=b"n\n"))
+        self.assertIn("nothing was run", self.crashlog("--replay", self.crash("killer").id, status=1))
 
 
 # -- with real kernels -----------------------------------------------------------------------------

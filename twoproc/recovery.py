@@ -390,7 +390,7 @@ def replay(session: LoggedSession, into: str | None = None) -> int:
     try:
         with session.take(anyway=True):
             cells = _agreed(session, "", input, _say)
-            return _replay_in_kernel(session, cells, into) if cells else 0
+            return _replay_in_kernel(session, cells, into) if cells else 1
     except KeyboardInterrupt:
         _say("\ninterrupted")
         return 130
