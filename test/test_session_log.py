@@ -234,6 +234,19 @@ class HowASessionEnds(Logged):
                 kernel.wait()
                 self.assertEqual(self.files(), [])
 
+    def test_properly_also_without_what_a_cell_deleted_from_builtins(self):
+        for how in ("shutdown_request", signal.SIGTERM):
+            with self.subTest(how=how):
+                kernel, client = self.start()
+                client.execute("import builtins\ndel builtins.print, builtins.OSError, builtins.range, builtins.repr")
+                if how == "shutdown_request":
+                    client.request("control", how)
+                else:
+                    os.kill(kernel.pid, how)
+                self.assertEqual(kernel.wait(), 0 if how == "shutdown_request" else 128 + how)
+                self.assertEqual((self.files(), kernel.log()), ([], ""))
+                self.assertFalse(os.path.exists(kernel.connection_file))
+
     def test_an_exit_function_that_hangs_makes_no_crash_of_a_proper_end(self):
         kernel, client = self.start()
         client.execute("import atexit, time; atexit.register(time.sleep, 600)")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import _imp
 import argparse
 import atexit
+import builtins
 import contextlib
 import faulthandler
 import functools
@@ -55,6 +56,7 @@ NUDGE_SECONDS = 0.1             # a cell that did not run for so long is blocked
 GRACE = 1.0                     # seconds a running cell has to end when the kernel is told to
 EXIT_SECONDS = 2.0              # that functions registered with atexit have together
 LAST_INPUT_CHARS = 80
+BUILTINS = dict(vars(builtins))
 LOG_PAGE = 1 << 20              # bytes of twoproc_log_reply, at most, to who comes with a key
 NO_INPUT = "this frontend did not offer to answer input(): its request had allow_stdin false"
 
@@ -366,6 +368,9 @@ class Kernel:
         if self.ending is None:
             self.exit_status = status
             self.ending = why
+            # A cell may have deleted some, and the end takes threads, which take print(): it would be a death.
+            for name, value in BUILTINS.items():
+                builtins.__dict__.setdefault(name, value)
             self._end_at = time.monotonic() + GRACE
             if self.interpreter is not None:
                 self.interpreter.is_ending = True
