@@ -53,7 +53,7 @@ ROOMS = {
     "death": ("crashlog recovery connection client", ""),
     "cells": ("", ""),
     "painter": ("session screen", ""),
-    "prompt": ("client crashlog cells access", "prompt_toolkit pygments ipython_pygments_lexers"),
+    "prompt": ("client crashlog cells access session", "prompt_toolkit pygments ipython_pygments_lexers"),
     "discovery": ("connection clientchannels", ""),
     "terminal": ("client launcher connection session screen painter prompt start death discovery", "prompt_toolkit"),
     "frontend": ("client launcher connection config session cells screen painter start terminal death discovery",
