@@ -303,6 +303,16 @@ class DescriptorTests(KernelCase):
                 "    time.sleep(0.002)\n")
         self.assertEqual(self.text(code), "".join(f"python {i}\nsystem\npython again\nsubprocess\n" for i in range(5)))
 
+    def test_children_and_what_follows_keep_their_order(self):
+        for code, last in (("os.system('echo child')", "execute_result"),
+                           ("os.write(1, b'child\\n'); 5", "execute_result"),
+                           ("subprocess.run(['echo', 'child']); display(3)", "display_data"),
+                           ("os.system('echo child'); 1 / 0", "error")):
+            for _ in range(5):
+                with self.subTest(code):
+                    result = self.client.execute("import os, subprocess; " + code)
+                    self.assertEqual([kind for kind in result.types if kind in ("stream", last)], ["stream", last])
+
     def test_c_code_and_prints_keep_their_order(self):
         code = ("import ctypes, time\n"
                 "libc = ctypes.CDLL(None)\n"

@@ -520,6 +520,8 @@ class Kernel:
             if isinstance(text, str) and text:
                 print(text, file=sys.stderr if msg_type == "error" else sys.stdout)
             return
+        if parent is None:
+            self.before_write()
         header = self.parent_bytes() if parent is None else parent.header_bytes
         self.channels.send("iopub", msg_type, content, header, metadata, buffers or ())
 
@@ -531,7 +533,7 @@ class Kernel:
         self.channels.write(name, text, self.parent_bytes())
 
     def before_write(self) -> None:
-        """Python is about to write: what a child wrote before belongs in front of it."""
+        """Python is about to say something: what a child or C wrote before belongs in front of it."""
         if self.capture.has_grown():
             self.call_to_read_capture(self.parent_bytes())
 
