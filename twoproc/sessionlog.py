@@ -619,14 +619,16 @@ class SessionLog:
             return Page([], {}, None, cut)
         oldest = min(found)
         at = max(0, bisect.bisect(spans, oldest, key=lambda span: span.n) - 1)
+        has_output = False          # one message at least, also where that alone is too much: a flood's are large
         for n, _, of, line in _merge(spans[at:], tails, is_reversed=True):
             if n < oldest:
                 break
             if n not in found:
                 size += len(line)
-                if size > max_bytes:
+                if size > max_bytes and (has_output or len(line) > 8 * max_bytes):
                     return self._make_page(found, None, True)
                 found[n] = of, line
+                has_output = has_output or b'"k":"out"' in line[:40]
         return self._make_page(found, None, cut or any(span.file is None for span in spans[at:]))
 
     def between(self, first_seq: int, last_seq: int, max_bytes: int) -> Page:
