@@ -761,10 +761,16 @@ class Joining(TerminalCase):
         self.assertEqual([line for line in bob.screen.all_lines() if line.startswith("alice | ")],
                          [f"alice | {i}" for i in range(3000)])
 
+    def test_a_cell_magic_runs_at_its_second_empty_line(self):
+        terminal = self.open()
+        terminal.send("%%bash\recho one\r\recho two\r\r\r")
+        terminal.prompt(2)
+        self.assertEqual([line for line in terminal.screen.lines() if line in ("one", "two")], ["one", "two"])
+
     def test_what_others_typed_comes_back_and_what_is_private_does_not(self):
         alice = self.open("--name", "typed")
         alice.run("before_he_came = 1", 1)
-        alice.send("%%private\rprivate_word = 1\r\r")
+        alice.send("%%private\rprivate_word = 1\r\r\r")
         alice.prompt(3)
         bob = self.join("typed", XDG_STATE_HOME=os.path.join(self.home.path, "bobs"))
         bob.prompt(3)

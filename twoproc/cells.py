@@ -24,8 +24,8 @@ _LEAVING = re.compile(r"[ \t]*(return|raise|pass|break|continue)\b")
 
 def check_complete(source: str) -> tuple[str, str]:
     """("complete" | "incomplete" | "invalid", indentation of the next line), like an is_complete_reply."""
-    if source.lstrip().startswith("%%"):
-        return ("complete" if source.endswith("\n") else "incomplete"), ""
+    if source.lstrip().startswith("%%"):        # there may be empty lines in it; two in a row end it, as in IPython
+        return ("complete" if source.endswith("\n\n") else "incomplete"), ""
     lines = source.split("\n")
     compiler = codeop.CommandCompiler()
     compiler.compiler.flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -129,7 +128,10 @@ class Prompt:
         if document.text_after_cursor.strip() and document.line_count > 1:
             buffer.newline()        # as far in as this line
             return
-        status, indent = self._check_complete(re.sub(r"\n\s*$", "\n", text))
+        # However many empty lines there are, one tells that the user is done; to the kernel, two of a cell magic.
+        ends = text[len(text.rstrip()):].count("\n")
+        most = 2 if text.lstrip().startswith("%%") else 1
+        status, indent = self._check_complete(text.rstrip() + "\n" * min(ends, most) if ends else text)
         if status == "incomplete":
             buffer.cursor_position = len(text)
             buffer.insert_text("\n" + indent)
