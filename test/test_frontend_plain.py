@@ -133,12 +133,16 @@ class Code(PlainCase):
 
     def test_system_exit_is_the_status(self):
         for code, status in (("raise SystemExit(3)", 3), ("raise SystemExit", 0), ("import sys; sys.exit(None)", 0),
-                             ("import sys; sys.exit(256 + 5)", 5)):
+                             ("import sys; sys.exit(256 + 5)", 5), ("import sys; sys.exit(False)", 0),
+                             ("import sys; sys.exit(True)", 1), ("exit(3)\nprint('after')", 3), ("quit()", 0)):
             with self.subTest(code=code):
                 self.assert_result(self.run_it("-c", code), status, "", "")
 
     def test_system_exit_with_a_text_shows_it(self):
         self.assert_result(self.run_it("-c", "raise SystemExit('bye')"), 1, "", "bye\n")
+
+    def test_exit_in_a_program_from_a_pipe_ends_it(self):
+        self.assert_result(self.run_it(input="print(1)\nexit(4)\nprint(2)\n"), 4, "1\n", "")
 
     def test_what_follows_is_in_argv(self):
         self.assert_result(self.run_it("-c", "import sys; print(sys.argv)", "a", "--b", "-c"), 0,
@@ -544,7 +548,8 @@ class IsItComplete(unittest.TestCase):
                 ("'''a", "incomplete", ""), ("x = 'a", "invalid", ""), ("x = = 2", "invalid", ""),
                 ("%time f()", "complete", ""), ("!ls", "complete", ""), ("len?", "complete", ""),
                 ("for i in x:\n    %time f()", "incomplete", "    "), ("%%bash\nls", "incomplete", ""),
-                ("%%bash\nls\n", "complete", ""), ("await f()", "complete", ""), ("a = 1\\", "incomplete", "")):
+                ("%%bash\nls\n", "incomplete", ""),
+                ("%%bash\nls\n\n", "complete", ""), ("await f()", "complete", ""), ("a = 1\\", "incomplete", "")):
             with self.subTest(source=source):
                 self.assertEqual(check_complete(source), (status, indent))
 

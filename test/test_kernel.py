@@ -356,6 +356,11 @@ class InputTests(KernelCase):
         self.client.answer(question, "in time")
         self.assertEqual(self.client.result(msg_id).value, "'in time'")
 
+    def test_the_traceback_of_a_question_ends_at_the_users_line(self):
+        result = self.client.execute("input()", answers=["\x04"])
+        self.assertEqual(result.reply.content["ename"], "EOFError")
+        self.assertNotIn("twoproc", "".join(result.reply.content["traceback"]))
+
     def test_a_second_answer_is_not_kept_for_the_next_question(self):
         msg_id, question = self.ask("a = input('1'); b = input('2'); a + b")
         self.client.answer(question, "x")

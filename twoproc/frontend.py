@@ -276,6 +276,7 @@ class Plain:
         text = decode("standard input", sys.stdin.buffer.read())
         if self.is_python:
             from .cells import split_cells
+            self._let_exit_end_the_code()
             cells = split_cells(text)
         else:
             cells = [text] if text.strip() else []
@@ -285,12 +286,18 @@ class Plain:
     def _run_source(self, source: Source) -> int:
         if self.is_python:
             self.client.execute(source.prelude(), silent=True)
+            self._let_exit_end_the_code()
         self.shows_values = source.path is None
         status = self._run_all([source.code], self._ask)
         if self.arguments.interactive and not self._is_leaving:
             self.shows_values = True
             return self._run_lines(has_prompt=sys.stdin.isatty())
         return status
+
+    def _let_exit_end_the_code(self) -> None:
+        """In a program exit(3) is a status; at a prompt IPython's asks what is to become of the kernel."""
+        if self.start.process is not None and not self.arguments.interactive:
+            self.client.execute("import sys; exit = quit = sys.exit; del sys", silent=True)
 
     def _run_all(self, cells: list[str], on_input: Callable[[str, bool], str]) -> int:
         for cell in cells:

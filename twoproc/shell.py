@@ -30,6 +30,7 @@ import signal
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -398,7 +399,8 @@ def describe(error: BaseException) -> dict:
     """The error fields of a reply, for an exception that IPython has not formatted."""
     name = type(error).__name__
     try:
-        text = str(error)
+        # unittest.main() ends with a bool, and its text would not tell a status from a message.
+        text = str(int(error.code) if isinstance(error, SystemExit) and isinstance(error.code, bool) else error)
     except BaseException as reason:                           # a __str__ of the user's
         text = "<str() of the %s raised %s>" % (name, type(reason).__name__)
     return {"ename": name, "evalue": text, "traceback": ["%s: %s" % (name, text) if text else name]}
@@ -686,7 +688,7 @@ class ZMQInteractiveShell(InteractiveShell):
                 # We cancelled the cell because of this; told at the line that was waiting.
                 error = interruption.with_traceback(error.__traceback__)
             if error.__traceback__ is not None:
-                error.__traceback__ = error.__traceback__.tb_next      # this frame is ours
+                error.__traceback__ = without_own_end(error, error.__traceback__.tb_next)      # this frame is ours
             if result is not None:
                 result.error_in_exec = error
             self._show_error(error)
@@ -836,6 +838,21 @@ def without_mark(lines: list[str]) -> list[str]:
     if not lines or not is_private(lines[0]):
         return lines
     return lines[1:] if lines[1:] and lines[1].startswith("%%") else ["\n", *lines[1:]]
+
+
+def without_own_end(error: BaseException, tb: types.TracebackType | None) -> types.TracebackType | None:
+    """What Ctrl-C or the end of input ends within print() or input() ends, for the user, at the line with that call."""
+    if not isinstance(error, (KeyboardInterrupt, EOFError, StdinNotImplementedError)):
+        return tb
+    folder = os.path.dirname(__file__) + os.sep
+    last, at = None, tb
+    while at is not None:
+        if not at.tb_frame.f_code.co_filename.startswith(folder):
+            last = at
+        at = at.tb_next
+    if last is not None:
+        last.tb_next = None
+    return tb
 
 
 def is_beyond_ipython(error: BaseException | None) -> bool:
