@@ -22,7 +22,7 @@ ROOMS = {
     "connection": ("", ""),
     "config": ("", ""),
     "access": ("connection", ""),
-    "keys": ("access clientchannels config connection", ""),
+    "keys": ("access clientchannels config connection session", ""),
     "mailbox": ("", "zmq"),
     "crashlog": ("connection recovery", ""),
     "sessionlog": ("connection crashlog", ""),

@@ -30,6 +30,7 @@ from . import config
 from .access import RIGHTS, Key, KeyLineError, parse_keys, parse_line, read_trusted
 from .connection import (
     ConnectionFileError, fingerprint, leave_current_folder, make_folders, open_or_make, open_private, try_lock)
+from .session import user_name
 
 COMMAND = f"python -m {__package__}.keys"
 LOCK_SECONDS = 10.0         # to change a file takes milliseconds; who holds its lock longer has been stopped
@@ -286,7 +287,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run_new(chosen: argparse.Namespace, settings: config.Settings) -> None:
     name = chosen.name
     if name is None:
-        name = f"{os.environ.get('USER') or os.environ.get('USERNAME') or 'user'}@{socket.gethostname()}"[:64]
+        name = f"{user_name()}@{socket.gethostname()}"[:64]
     if _key_of(f"run {'0' * 64} {name}", "--name").name != name:     # what the other side could not read helps nobody
         raise ConnectionFileError(f"--name {name!a}: expected one word without '#'")
     if chosen.host:

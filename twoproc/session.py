@@ -277,7 +277,7 @@ class Session:
                  replay_memory: int = 0, max_frames: int = 64, max_message: int = 128 << 20):
         self.key = key
         self.session = uuid.uuid4().hex
-        self.username = username or os.environ.get("USER") or os.environ.get("USERNAME") or "user"
+        self.username = username or user_name()
         self._digest = signature_scheme.partition("-")[2]
         self._digest_length = 2 * hashlib.new(self._digest).digest_size
         # Without a key anybody may write anything, again too; there is nothing to guard.
@@ -461,6 +461,17 @@ class ReplayGuard:
         if len(self._marks) > self.SESSIONS:
             oldest = self._marks.pop(next(iter(self._marks)))
             self._merged = oldest if self._merged is None else max(self._merged, oldest)
+
+
+def user_name() -> str:
+    """Who we are, as others see us."""
+    try:
+        if name := os.environ.get("USER") or os.environ.get("USERNAME"):
+            return name
+        import getpass      # and termios with it
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):        # a number without a name, as in some containers
+        return "user"
 
 
 def timestamp(date: Any) -> float:
