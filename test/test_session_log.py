@@ -353,16 +353,15 @@ class Deaths(Logged):
                     self.die(name)
 
     def test_a_fault_of_the_kernels_own_is_named_and_not_blamed_on_the_cell(self):
-        for thread, code, status in (("twoproc-io", "kernel.channels._drain = lambda: 1 / 0", 70),
-                                     ("main", "kernel._next_request = lambda: 1 / 0", 1)):
+        for thread, code in (("twoproc-io", "kernel.channels._drain = None"), ("main", "kernel._next_request = None")):
             with self.subTest(thread=thread):
                 kernel, client = self.start()
                 client.send_execute("import gc\nkernel = [found for found in gc.get_objects()\n"
                                     "          if type(found).__name__ == 'Kernel' and hasattr(found, 'channels')][0]\n"
                                     + code)
-                self.assertEqual(kernel.wait(), status, kernel.log())
+                self.assertEqual(kernel.wait(), 70, kernel.log())
                 text = recovery.cause(self.session()).text
-                self.assertIn("of the kernel's own, not of the cell: ZeroDivisionError", text)
+                self.assertIn("of the kernel's own, not of the cell: TypeError", text)
 
     def test_killed_at_a_random_moment_nothing_that_was_acknowledged_is_lost(self):
         """Replies read before the kill: their cells are ended; output read: it is in the log."""
