@@ -141,6 +141,17 @@ sys.exit(str(faults[:1]) if faults else 0)"""
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=support.DEADLINE)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
+    def test_where_there_is_no_fcntl_a_process_goes_on_without_it(self):
+        code = """
+import sys
+sys.modules["fcntl"] = None
+from twoproc.streams import DescriptorCapture
+capture = DescriptorCapture()
+print("told", file=capture.start())
+print("printed", capture.has_grown())"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=support.DEADLINE)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "printed False\n", "told\n"))
+
     def test_shrinking_gives_back_the_space_of_what_was_read_and_only_that(self):
         self.stdout.write(b"x" * 1000)
         self.capture.shrink()

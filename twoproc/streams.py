@@ -183,7 +183,10 @@ class DescriptorCapture:
 
     def start(self) -> io.TextIOBase:
         """Redirect; returns the stderr there was, for the process's own log."""
-        import fcntl            # not on Windows, where a kernel runs without this capture
+        try:
+            import fcntl
+        except ImportError:     # Windows, where a kernel runs without this capture
+            return os.fdopen(os.dup(2), "w", errors="backslashreplace", buffering=1)
         import tempfile         # 2 ms, and here the sockets are bound already
         for descriptor in (0, 1, 2):
             try:
