@@ -679,6 +679,13 @@ class Several(TerminalCase):
         self.bob.wait("KeyboardInterrupt")
         self.bob.prompt(3)
 
+    def test_ctrl_c_of_who_did_not_start_the_kernel_ends_the_cell(self):
+        self.bob.send("while True: time.sleep(0.01)\r")
+        self.alice.wait("bob In [2]:")
+        self.bob.send(CTRL_C)
+        self.bob.wait("KeyboardInterrupt")
+        self.bob.prompt(3)
+
     def test_who_attached_leaves_the_kernel_alone(self):
         for leaving in ("exit\r", CTRL_D):
             self.bob.send(leaving)
